@@ -1,0 +1,132 @@
+"""What the scripts share above the packages: networks from checkpoint files, precision, and sampling flags."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+
+from models import SiT, config_from_state
+from refiner import VelocityRefiner
+from runtime.autoencoder import Autoencoder, NoAutoencoder
+from runtime.checkpoint import load_checkpoint, load_weights, weights_of
+from transport import Guidance
+from transport.sampler import DIFFUSIONS
+from transport.schedule import REFINER_STEPS
+
+Network = TypeVar("Network", bound=SiT)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Network:
+    """The SiT or VelocityRefiner in a checkpoint file, on the CPU in float32, in evaluation mode.
+
+    Checkpoints of train.py carry their config; for the public ones it follows from the shapes.
+    Raises ValueError naming the file for one that is missing, damaged, or holds another network.
+    """
+    content = load_checkpoint(path)
+    weights = weights_of(content, path, prefer_ema)
+    config = dict(content.get("config", {}).get("model", {}))
+    name = config.pop("class", kind.__name__)
+    if name != kind.__name__:
+        raise ValueError(f"checkpoint {path!r} holds a {name}, expected a {kind.__name__}")
+    try:
+        with torch.device("meta"):  # no time for an initialisation that is overwritten
+            network = kind(**(config or config_from_state(weights, kind.images_in)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path!r}: {error}") from None
+    network = network.to_empty(device="cpu")
+    load_weights(network, weights, path)
+    return network.eval().requires_grad_(False)
+
+
+def model_config(network: SiT) -> dict:
+    """What a checkpoint keeps so that `load_network` can rebuild the network; JSON types."""
+    return {"class": type(network).__name__, **network.config}
+
+
+def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Autoencoder | NoAutoencoder) -> None:
+    """Raises ValueError unless predictor, refiner and autoencoder speak of the same latents and classes."""
+    if refiner is not None and (refiner.input_shape, refiner.num_classes) != (
+        predictor.input_shape,
+        predictor.num_classes,
+    ):
+        raise ValueError(
+            f"the refiner is made for inputs {refiner.input_shape} and {refiner.num_classes} classes, "
+            f"the predictor for {predictor.input_shape} and {predictor.num_classes}"
+        )
+    channels = predictor.input_shape[0]
+    if autoencoder.channels not in (None, channels):
+        raise ValueError(
+            f"the autoencoder has {autoencoder.channels} latent channels, the predictor {channels}; "
+            "a pixel-space model takes --vae-ckpt none"
+        )
+    if autoencoder.channels is None and channels not in (1, 3):
+        raise ValueError(f"--vae-ckpt none is for models of 1 or 3 channels, this predictor has {channels}")
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for "auto" (bf16 on CUDA where the device has it, else fp32), "fp32", "bf16" or "fp16"."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast to a half precision, or nothing for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """--predictor-ckpt, --refiner-ckpt, --vae-ckpt, --device and --precision."""
+    group = parser.add_argument_group("networks")
+    group.add_argument("--predictor-ckpt", metavar="FILE", default="SiT-XL-2-256x256.pt", help="the SiT's weights")
+    group.add_argument(
+        "--refiner-ckpt", metavar="FILE", default="SiT-XL-2-Refiner.pt", help="the refiner's, for schedules with R"
+    )
+    group.add_argument(
+        "--vae-ckpt",
+        metavar="NAME",
+        default="vae-ema",
+        help="autoencoder: vae-ema (stabilityai/sd-vae-ft-ema), vae-mse, a hub id, a local folder, or none for a "
+        "model of pixels",
+    )
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:K or cpu")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto is bf16 on CUDA, fp32 elsewhere")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
+    """--cfg-scale and what else shapes a trajectory."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance; 1 is none, at half the cost")
+    group.add_argument(
+        "--cfg-channels", default="3", help="guide the first so many channels, or all; 3 as published for SiT"
+    )
+    group.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="guide only while LOW <= t <= HIGH",
+    )
+    group.add_argument(
+        "--refiner-step",
+        choices=REFINER_STEPS,
+        default="released",
+        help="R blocks as in the published code, consistent with the training, or with a single evaluation",
+    )
+    group.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance of dopri5")
+    group.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance of dopri5")
+    group.add_argument("--diffusion", choices=tuple(DIFFUSIONS), default="sigma", help="diffusion term of the SDE")
+    group.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
+
+
+def guidance_of(args: argparse.Namespace) -> Guidance:
+    """The guidance that the sampling flags ask for. Raises ValueError for impossible values."""
+    channels = args.cfg_channels
+    if channels != "all" and not channels.isdigit():
+        raise ValueError(f"--cfg-channels {channels!r} must be 'all' or a number")
+    return Guidance(args.cfg_scale, channels if channels == "all" else int(channels), tuple(args.cfg_interval))

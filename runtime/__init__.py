@@ -1,0 +1,1 @@
+"""Effects: disk, network, devices and processes. Imports neither the models, transport nor evaluation."""

@@ -1,0 +1,119 @@
+"""Checkpoints: weights, EMA, optimizer, step and config, as tensors and JSON types; nothing is ever unpickled
+but tensors and plain containers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: to a temporary file in the same folder, then renamed.
+
+    Raises OSError naming the path where it cannot be written; what was there before stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write checkpoint {os.fspath(path)!r}: {error}") from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU. Raises ValueError naming a file that is not one.
+
+    Checkpoints of the original SiT and FlowTurbo scripts carry an argparse.Namespace: just that is let in.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path!r} does not exist")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        OSError,
+        zipfile.BadZipFile,
+        AttributeError,
+        TypeError,
+        IndexError,
+        ImportError,
+    ) as error:  # damaged files raise any of these
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read checkpoint {path!r}: {reason}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"cannot read checkpoint {path!r}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path!r} holds a {type(content).__name__}, expected weights by name")
+    return content
+
+
+def weights_of(
+    content: Mapping[str, Any], path: str | os.PathLike[str], prefer_ema: bool = True
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint: its EMA where it has one, else its model, else itself.
+
+    Prefixes left by DistributedDataParallel and torch.compile are removed. Raises ValueError if there are none.
+    """
+    order = ("ema", "model") if prefer_ema else ("model", "ema")
+    state = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
+    weights = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    if not weights:
+        raise ValueError(f"checkpoint {os.fspath(path)!r} holds no weights")
+    return weights
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load weights strictly. Raises ValueError that lists missing, unknown, misshapen and non-finite ones."""
+    expected = module.state_dict()
+    problems = [f"no {key}" for key in expected.keys() - weights.keys()]
+    problems += [f"unknown {key}" for key in weights.keys() - expected.keys()]
+    for key in sorted(expected.keys() & weights.keys()):
+        if expected[key].shape != weights[key].shape:
+            problems.append(f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}")
+        elif not torch.isfinite(weights[key]).all():
+            problems.append(f"{key} is not finite")
+    if problems:
+        shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this {type(module).__name__}: {shown}")
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def newest_checkpoint(results: str | os.PathLike[str], pattern: str = "*") -> Path | None:
+    """The checkpoint of the highest step in the newest run under `results` that has one, or None."""
+    runs = sorted((p for p in Path(results).glob(pattern) if p.is_dir()), key=lambda p: p.name, reverse=True)
+    for run in runs:
+        found = sorted((run / "checkpoints").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
+        if found:
+            return found[-1]
+    return None

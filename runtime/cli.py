@@ -1,0 +1,74 @@
+"""What every script shares on the command line: flag spelling, help layout, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of descriptions and epilogues."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A default of None or False tells the reader nothing.
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """An ArgumentParser that refuses abbreviations, so that a mistyped flag never passes for another."""
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=Formatter, allow_abbrev=False
+    )
+
+
+def hyphenate(argv: Sequence[str] | None) -> list[str]:
+    """The arguments (default: the command line's) with `--any_flag` spelled `--any-flag`; values are kept."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    spelled = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = flag.replace("_", "-") + equals + value
+        spelled.append(argument)
+    return spelled
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's main; turn a user's mistake into one line on stderr and exit code 2.
+
+    Errors that name a mistake are ValueError and OSError; FloatingPointError, a run that diverged, exits with 1;
+    anything else is a defect of ours and keeps its traceback. Interrupting exits with 130.
+    FLOWTURBO_TRACEBACK=1 shows the traceback of every error.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FLOWTURBO_TRACEBACK"):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr)
+        _exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        _exit(130)
+
+
+def _exit(code: int) -> NoReturn:
+    # Not sys.exit: with a process group open, the interpreter's shutdown could wait for ranks that will not come.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; of one that crossed from a loader's worker, only what it said."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "Original Traceback" in str(error):  # torch's DataLoader pastes the worker's traceback into the message
+        return lines[-1].split(": ", 1)[-1]
+    return " ".join(lines)

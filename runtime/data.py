@@ -1,0 +1,180 @@
+"""Training data: a folder with one folder of images per class, and the randomness of every training sample.
+
+Sample number k of a run (k counts over all steps and ranks) is a pure function of (folder, seed, k): which
+image, whether it is flipped, its noise and its times. A run resumes exactly by starting at another k.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import ImageFolder
+
+from runtime.classes import class_indices
+from runtime.distributed import World
+from runtime.randomness import keyed_generator
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
+
+
+class Batch(NamedTuple):
+    """Training samples. u_* are uniform draws in [0, 1) from which the loss takes its times and label drops."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor  # (N,) int64
+    noise: Tensor  # (N, *latent shape) standard normal: x0
+    posterior_noise: Tensor  # the same shape: the autoencoder's draw; empty for pixel-space models
+    u_t: Tensor  # (N,)
+    u_dt: Tensor  # (N,)
+    u_drop: Tensor  # (N,)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, copied without waiting where the memory is pinned."""
+        return Batch(*(value.to(device, non_blocking=True) for value in self))
+
+
+class ClassFolder:
+    """Images in one folder per class, cropped to squares.
+
+    `channels` 1, 3 or 4 reads as grey, RGB or RGBA. Raises ValueError where the folder or a class is empty or
+    missing, an image cannot be read (it is named), or the classes do not fit the model's `num_classes`.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], image_size: int, channels: int = 3, num_classes: int | None = None
+    ):
+        if channels not in MODES:
+            raise ValueError(f"images have 1, 3 or 4 channels, not {channels}")
+        if not Path(root).is_dir():
+            raise ValueError(
+                f"data folder {os.fspath(root)!r} does not exist: expected one folder of images per class"
+            )
+        try:
+            folder = ImageFolder(os.fspath(root))
+        except FileNotFoundError as error:
+            hint = "expected one folder of images per class, like data/cat/1.png"
+            raise ValueError(f"data folder {os.fspath(root)!r}: {error}; {hint}") from None
+        self.classes = folder.classes
+        indices = class_indices(folder.classes, num_classes)
+        self.samples = [(path, indices[target]) for path, target in folder.samples]
+        self.image_size, self.channels = image_size, channels
+        fits = len(self.samples) * channels * image_size**2 <= MEMORY_BYTES
+        self._memory: dict[int, np.ndarray] | None = {} if fits else None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(image uint8 (C, H, W), class index)."""
+        path, label = self.samples[index]
+        if self._memory is None:
+            return read_image(path, self.image_size, self.channels), label
+        if index not in self._memory:
+            self._memory[index] = read_image(path, self.image_size, self.channels)
+        return self._memory[index], label
+
+
+def read_image(path: str | os.PathLike[str], size: int, channels: int = 3) -> np.ndarray:
+    """A file as a centre-cropped square, uint8 (C, size, size). Raises ValueError naming an unreadable file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                square = centre_crop(picture.convert(MODES[channels]), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: {error}") from None
+    array = np.asarray(square)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The ADM crop (Dhariwal & Nichol, 2021): halve by boxes while twice too large, then bicubic to the short
+    side, then the centre."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+class TrainingSamples(Dataset):
+    """Batches of `data` by sample numbers, with all the randomness keyed by (seed, number).
+
+    Each pass over the data is a permutation drawn from (seed, pass). `posterior` says whether the autoencoder
+    needs noise of its own.
+    """
+
+    def __init__(
+        self, data: ClassFolder, seed: int, latent_shape: Sequence[int], *, flip: bool = True, posterior: bool = True
+    ):
+        self.data, self.seed, self.flip = data, seed, flip
+        self.latent_shape, self.posterior = tuple(latent_shape), posterior
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return keyed_generator(self.seed, epoch, stream=1).permutation(len(self.data))
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        count = len(numbers)
+        images, labels = [], np.empty(count, np.int64)
+        noise = np.empty((2 if self.posterior else 1, count, *self.latent_shape), np.float32)
+        uniform = np.empty((3, count), np.float32)
+        for row, number in enumerate(numbers):
+            epoch, position = divmod(number, len(self.data))
+            image, labels[row] = self.data[self._order(epoch)[position]]
+            random = keyed_generator(self.seed, number)
+            flipped = random.random() < 0.5
+            images.append(image[:, :, ::-1] if flipped and self.flip else image)
+            uniform[:, row] = random.random(3, dtype=np.float32)
+            noise[:, row] = random.standard_normal((len(noise), *self.latent_shape), dtype=np.float32)
+        posterior = noise[1] if self.posterior else np.empty(0, np.float32)
+        arrays = (np.stack(images), labels, noise[0], posterior, *uniform)
+        return Batch(*map(torch.from_numpy, arrays))
+
+
+class StepSampler(Sampler[list[int]]):
+    """The sample numbers of this rank's share of each step's global batch, from step `first` to `last`."""
+
+    def __init__(self, global_batch_size: int, world: World, first: int, last: int):
+        self.global_batch_size, self.share = global_batch_size, world.share(global_batch_size)
+        self.first, self.last = first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield [step * self.global_batch_size + i for i in self.share]
+
+
+def training_loader(
+    samples: TrainingSamples, global_batch_size: int, world: World, *, first: int, last: int, workers: int
+) -> DataLoader:
+    """Batches for the steps first..last-1 of this rank. Raises ValueError for a batch smaller than the world."""
+    if global_batch_size < world.size:
+        raise ValueError(f"global batch size {global_batch_size} is smaller than the number of ranks, {world.size}")
+    return DataLoader(
+        samples,
+        batch_sampler=StepSampler(global_batch_size, world, first, last),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,107 @@
+"""One process or many, one interface: rank, device and the few collectives that the scripts need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; without torchrun a world of one, in which every collective does nothing."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """This rank's contiguous part of range(total); the parts differ by at most one."""
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, on every rank; in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (any small picklable object), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over ranks in the backward pass."""
+        if self.size == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager:
+        """Within it a wrapped module keeps its gradients to itself, for all but the last of several passes."""
+        return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join torchrun's process group, or be a world of one; leaves it at the end.
+
+    `device` is "auto" (CUDA where there is one), "cuda" or "cpu", or "cuda:K" for a world of one. Under torchrun
+    the CUDA device is the local rank; the backend is NCCL on CUDA and gloo on the CPU.
+    Raises ValueError for a device that is not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    place = pick_device(device, local_rank if "LOCAL_RANK" in os.environ else None)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 0, 1, place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(rank, local_rank, size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int | None = None) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda", "cuda:K", "mps"; with a local rank, CUDA's index is that.
+
+    Raises ValueError where the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:K") from None
+    if place.type != "cuda":
+        if place.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("device mps is not available here")
+        return place
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank if local_rank is not None else place.index or 0
+    if index >= count:
+        raise ValueError(f"device {device!r} (index {index}) is not there: this machine has {count} CUDA devices")
+    return torch.device("cuda", index)

@@ -1,0 +1,25 @@
+"""The mathematics of FlowTurbo: paths, schedules, steps, guidance, losses and samplers.
+
+Pure: imports torch, torchdiffeq and itself, and receives the networks as callables. Time runs from 0 (noise)
+to 1 (data) everywhere.
+"""
+
+from transport.guidance import Guidance
+from transport.losses import flow_matching_loss, refiner_loss, refiner_times
+from transport.path import PATHS, Path
+from transport.sampler import FlowTurbo, ODESampler, SDESampler, make_sampler
+from transport.schedule import Schedule
+
+__all__ = [
+    "PATHS",
+    "FlowTurbo",
+    "Guidance",
+    "ODESampler",
+    "Path",
+    "SDESampler",
+    "Schedule",
+    "flow_matching_loss",
+    "make_sampler",
+    "refiner_loss",
+    "refiner_times",
+]

@@ -21,7 +21,6 @@ from evaluation import (
     ImageFolder,
     Measurement,
     atomic_write,
-    check_comparable,
     evaluate,
     extract,
     make_extractor,
@@ -79,42 +78,261 @@ def open_source(path: str) -> Source:
 
 
 def extractor_for(sources: Sequence[Source], args: argparse.Namespace) -> Extractor | None:
-    """The extractor asked for, or that of the feature files; None when there is nothing to extract.
+    """The extractor asked for, else that of a feature file, else inception; None with nothing to extract.
 
-    ValueError when a feature file was made with another.
+    ValueError, before any work, when a feature file was made with another.
     """
-    fixed = [source.stored for source in sources if source.images is None and source.stored is not None]
-    kind = args.extractor or (fixed[0].extractor.split()[0] if fixed else "inception")
+    fixed = [source.stored for source in sources if source.images is None]
+    name = args.extractor or (fixed[0].extractor.split()[0] if fixed else "inception")
+    extractor = make_extractor(name, args.device, args.weights) if len(fixed) < len(sources) else None
+    if extractor:
+        identity = extractor.identity
+    elif args.extractor:
+        identity = "torchscript" if Path(name).is_file() else name
+    else:
+        identity = fixed[0].extractor
     for stored in fixed:
-        if args.extractor and Path(args.extractor).is_file():
-            continue  # known by its digest, once loaded
-        if stored.extractor.split()[0] != kind:
+        if stored.extractor != identity and stored.extractor.split()[0] != identity:
             raise ValueError(
-                f"unlike extractors: {stored.source} was made with '{stored.extractor}', not with {kind}"
+                f"unlike extractors: {stored.source} was made with '{stored.extractor}', not '{identity}'"
             )
-    if len(fixed) == len(sources):
-        return None
-    return make_extractor(kind, args.device, args.weights)
+    return extractor
 
 
 def features_of(
     source: Source, extractor: Extractor | None, keep: Sequence[str], args: argparse.Namespace
 ) -> FeatureSet:
-    """Features and statistics of one side, computed where they are not stored.
+    """Features and statistics of one side, computed from its images if it has any.
 
-    Statistics stored beside images take precedence over the images' own, as in the ADM suite.
+    As in the ADM suite, statistics stored beside the images take the place of the images' own.
     """
     stored = source.stored
-    like = stored is not None and (extractor is None or stored.extractor == extractor.identity)
-    if source.images is None or extractor is None:
-        assert stored is not None
+    if source.images is None:
         return stored
     computed = extract(extractor, source.images, batch_size=args.batch_size, keep=keep, device=args.device)
-    if stored is None or not like:
+    if stored is None:
         return computed
-    return dataclasses.replace(
-        computed,
-        count=stored.count,
-        pool_statistics=stored.pool_statistics,
-        spatial_statistics=stored.spatial_statistics,
+    if stored.extractor != extractor.identity:
+        print(
+            f"note: {source.images.path} stores statistics of '{stored.extractor}', not used with "
+            f"'{extractor.identity}'",
+            file=sys.stderr,
+        )
+        return computed
+    return dataclasses.replace(stored, pool=computed.pool, spatial=computed.spatial, logits=computed.logits)
+
+
+def with_labels(features: FeatureSet, labels: str | None) -> FeatureSet:
+    """The features with the label mode the user states; ValueError when the file says otherwise."""
+    if labels and features.labels not in (None, labels):
+        raise ValueError(f"{features.source} was made with {features.labels} labels, not {labels}")
+    return dataclasses.replace(features, labels=labels or features.labels)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """REFERENCE SAMPLES: print, and write, every metric."""
+    if args.json:
+        check_writable(args.json)
+    sources = [open_source(args.reference), open_source(args.samples)]
+    extractor = extractor_for(sources, args)
+    reference = features_of(sources[0], extractor, ["pool"], args)
+    keep = ["pool", "logits", "spatial"] if args.bootstrap else ["pool", "logits"]
+    samples = with_labels(features_of(sources[1], extractor, keep, args), args.labels)
+    warnings = []
+    if samples.count is not None and samples.count < USUAL_COUNT:
+        warnings.append(
+            f"{samples.count} samples: below {USUAL_COUNT}, FID and sFID are biased upwards and not comparable "
+            f"with values at {USUAL_COUNT}"
+        )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    metrics = evaluate(
+        reference,
+        samples,
+        bootstrap=args.bootstrap,
+        half_precision=args.half_precision,
+        seed=args.seed,
+        device=args.device,
     )
+    measured = dict(tqdm(metrics, total=len(METRICS), desc="metrics", leave=False, disable=None))
+    print(table(reference, samples, measured))
+    if args.json:
+        report = {
+            "reference": side_report(reference),
+            "samples": side_report(samples),
+            "extractor": samples.extractor,
+            "metrics": {name: measurement._asdict() for name, measurement in measured.items()},
+            "settings": {
+                "bootstrap": args.bootstrap,
+                "seed": args.seed,
+                "half_precision": args.half_precision,
+                "torch": torch.__version__,
+            },
+            "warnings": warnings,
+        }
+        with atomic_write(args.json) as file:
+            file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def side_report(features: FeatureSet) -> dict[str, object]:
+    """What a reader of the numbers must know about one side."""
+    images = None if features.pool is None else len(features.pool)
+    return {"name": features.source, "N": features.count, "N_features": images, "labels": features.labels}
+
+
+def table(reference: FeatureSet, samples: FeatureSet, measured: dict[str, Measurement]) -> str:
+    """The result for people: both sides, the extractor, and one line per metric."""
+    lines = []
+    for side, features in (("reference", reference), ("samples", samples)):
+        parts = [features.source, f"N = {features.count or 'not recorded'}"]
+        if features.pool is not None and len(features.pool) != features.count:
+            parts.append(f"{len(features.pool)} images for precision, recall and KID")
+        if features is samples:
+            parts.append(f"labels {features.labels or 'not recorded'}")
+        lines.append(f"{side:16}{', '.join(parts)}")
+    lines.append(f"{'extractor':16}{samples.extractor}\n")
+    for name, (value, error, reason) in measured.items():
+        number = "-" if value is None else f"{value:.6g}"
+        spread = "" if error is None else f"± {error:.2g}"
+        lines.append(f"{name:16}{number:14}{spread:12}{reason or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def stats(args: argparse.Namespace) -> None:
+    """SOURCE -o FILE: write statistics, and features if asked, for later comparisons."""
+    check_writable(args.output)
+    source = open_source(args.source)
+    if source.stored and not args.features and args.extractor in (None, source.stored.extractor.split()[0]):
+        source = source._replace(images=None)  # what is asked for is there already
+    extractor = extractor_for([source], args)
+    keep = ["pool", "logits"] if args.features else []
+    features = with_labels(features_of(source, extractor, keep, args), args.labels)
+    if args.features and features.pool is None:
+        raise ValueError(f"{args.source} holds statistics only: features cannot be kept")
+    if not args.features:
+        features = dataclasses.replace(features, pool=None, logits=None)
+    features.save(args.output)
+    print(f"{args.output}: {features.extractor}, N = {features.count or 'not recorded'}")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Print the time and memory of the Fréchet distance beside torch-fidelity's and scipy.linalg.sqrtm's."""
+    from evaluation.benchmark import compare_frechet, summary
+
+    print(
+        f"two sets of {args.count} × {args.dimensions} features, median of {args.repeats} interleaved runs, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(summary(compare_frechet(args.count, args.dimensions, args.repeats)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `evaluator.py REFERENCE SAMPLES`."""
+    parser = new_parser(__doc__, COMPARE_EPILOG)
+    parser.add_argument("reference", metavar="REFERENCE")
+    parser.add_argument("samples", metavar="SAMPLES")
+    add_extraction(parser)
+    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    parser.add_argument(
+        "--bootstrap", type=resamples, default=0, metavar="K", help="standard errors from K resamples; 0: none"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of the resamples")
+    parser.add_argument(
+        "--half-precision",
+        action="store_true",
+        help="precision and recall with distances in half precision, as the ADM suite computes them",
+    )
+    return parser
+
+
+def build_stats_parser() -> argparse.ArgumentParser:
+    """The parser of `evaluator.py stats`."""
+    parser = new_parser("Write the statistics of images to a file that can stand for them.", STATS_EPILOG)
+    parser.prog += " stats"
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .npz to write")
+    parser.add_argument("--features", action="store_true", help="keep the features and logits of every image too")
+    add_extraction(parser)
+    return parser
+
+
+def build_benchmark_parser() -> argparse.ArgumentParser:
+    """The parser of `evaluator.py benchmark`."""
+    parser = new_parser(benchmark.__doc__)
+    parser.prog += " benchmark"
+    parser.add_argument("--count", type=positive, default=USUAL_COUNT, help="feature vectors on each side")
+    parser.add_argument("--dimensions", type=positive, default=2048)
+    parser.add_argument("--repeats", type=positive, default=3)
+    return parser
+
+
+def add_extraction(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how features are made."""
+    parser.add_argument(
+        "--extractor",
+        metavar="NAME",
+        help="inception, pixels, dinov2 or a TorchScript file mapping uint8 (N, 3, H, W) to (N, D); "
+        "default: that of the feature file given, else inception",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="weights of inception (else $FLOWTURBO_INCEPTION_WEIGHTS, torch.hub's cache or a download) or dinov2",
+    )
+    parser.add_argument("--batch-size", type=positive, default=50)
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--labels", choices=("random", "balanced"), help="how the classes were drawn, where no file says it"
+    )
+
+
+def natural(text: str) -> int:
+    """A whole number, not negative."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    if (number := natural(text)) == 0:
+        raise ValueError(text)
+    return number
+
+
+def resamples(text: str) -> int:
+    """A whole number, 0 or at least 2."""
+    if (number := natural(text)) == 1:
+        raise argparse.ArgumentTypeError("a standard error needs at least 2 resamples")
+    return number
+
+
+def device(text: str) -> torch.device:
+    """A device that is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu, cuda or cuda:INDEX") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: there is no CUDA device here; use cpu")
+    return found
+
+
+COMMANDS = {"stats": (build_stats_parser, stats), "benchmark": (build_benchmark_parser, benchmark)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the commands; without its name, compare."""
+    arguments = hyphenate(argv)
+    if arguments and arguments[0] in COMMANDS:
+        build, command = COMMANDS[arguments[0]]
+        command(build().parse_args(arguments[1:]))
+    else:
+        compare(build_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    run_script(main)

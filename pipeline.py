@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from models import SiT, config_from_state
 from refiner import VelocityRefiner
-from runtime.autoencoder import Autoencoder, NoAutoencoder
-from runtime.checkpoint import load_checkpoint, load_weights, weights_of
-from transport import Guidance
+from runtime import cli
+from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
+from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, weights_of
+from runtime.randomness import keyed_noise
+from transport import PATHS, FlowTurbo, Guidance, ODESampler, SDESampler, make_sampler
 from transport.sampler import DIFFUSIONS
 from transport.schedule import REFINER_STEPS
 
@@ -40,6 +47,32 @@ def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Net
     network = network.to_empty(device="cpu")
     load_weights(network, weights, path)
     return network.eval().requires_grad_(False)
+
+
+def export_weights(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], dtype: torch.dtype) -> None:
+    """Write a training checkpoint's EMA weights and model config alone, in `dtype`: what sampling needs."""
+    content = load_checkpoint(checkpoint)
+    weights = {name: value.to(dtype) for name, value in weights_of(content, checkpoint).items()}
+    save_checkpoint(out, {"ema": weights, "config": content["config"]})
+
+
+class CallCounter:
+    """Counts the evaluations of a network while it is entered; `on_call` is called after each."""
+
+    def __init__(self, network: nn.Module | None, on_call: Callable[[], object] = lambda: None):
+        self.network, self.on_call, self.count = network, on_call, 0
+
+    def __enter__(self) -> CallCounter:
+        def hook(*_: object) -> None:
+            self.count += 1
+            self.on_call()
+
+        self.handle = self.network.register_forward_hook(hook) if self.network is not None else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle is not None:
+            self.handle.remove()
 
 
 def model_config(network: SiT) -> dict:
@@ -118,6 +151,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> Non
         default="released",
         help="R blocks as in the published code, consistent with the training, or with a single evaluation",
     )
+    group.add_argument(
+        "--path-type", choices=tuple(PATHS), default="linear", help="path the predictor was trained on"
+    )
     group.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance of dopri5")
     group.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance of dopri5")
     group.add_argument("--diffusion", choices=tuple(DIFFUSIONS), default="sigma", help="diffusion term of the SDE")
@@ -130,3 +166,95 @@ def guidance_of(args: argparse.Namespace) -> Guidance:
     if channels != "all" and not channels.isdigit():
         raise ValueError(f"--cfg-channels {channels!r} must be 'all' or a number")
     return Guidance(args.cfg_scale, channels if channels == "all" else int(channels), tuple(args.cfg_interval))
+
+
+@dataclass
+class Networks:
+    """What a sampling run computes with."""
+
+    predictor: SiT
+    refiner: VelocityRefiner | None
+    autoencoder: Autoencoder | NoAutoencoder
+    device: torch.device
+    dtype: torch.dtype  # of autocast; float32 is none
+
+
+def parse_sampler(text: str) -> FlowTurbo | ODESampler | SDESampler:
+    """The sampler that a text names, without networks. Raises ValueError for what names none."""
+    return make_sampler(text, lambda *_: None, lambda *_: None)
+
+
+def needs_refiner(text: str) -> bool:
+    """Whether the sampler of this name has R blocks."""
+    sampler = parse_sampler(text)
+    return isinstance(sampler, FlowTurbo) and "R" in sampler.schedule.blocks
+
+
+def check_files(args: argparse.Namespace, refiner: bool) -> None:
+    """Raises Advice, two lines, where a checkpoint file is missing: what is needed, whence, and which flag."""
+    wanted = {"--predictor-ckpt": (args.predictor_ckpt, "hub repository nyu-visionx/SiT-collections")}
+    if refiner:
+        wanted["--refiner-ckpt"] = (args.refiner_ckpt, "cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1")
+    missing = {flag: entry for flag, entry in wanted.items() if not os.path.isfile(entry[0])}
+    if missing:
+        files = ", ".join(f"{path} ({flag})" for flag, (path, _) in missing.items())
+        sources = "; ".join(
+            f"SiT-XL/2's {flag[2:].split('-')[0]} from {source}" for flag, (_, source) in missing.items()
+        )
+        raise cli.Advice(
+            f"missing weights: {files}\n"
+            f"get {sources}; pass a local path with {' and '.join(missing)} (the autoencoder's with --vae-ckpt)"
+        )
+
+
+def load_networks(args: argparse.Namespace, refiner: bool, device: torch.device) -> Networks:
+    """Predictor, refiner if asked for, and autoencoder from the network flags, on the device.
+
+    Raises ValueError where a file is damaged or they do not fit each other or the guidance.
+    """
+    networks = Networks(
+        load_network(SiT, args.predictor_ckpt),
+        load_network(VelocityRefiner, args.refiner_ckpt) if refiner else None,
+        load_autoencoder(args.vae_ckpt, device),
+        device,
+        pick_precision(args.precision, device),
+    )
+    check_match(networks.predictor, networks.refiner, networks.autoencoder)
+    if networks.predictor.class_dropout_prob <= 0 and args.cfg_scale != 1:
+        raise ValueError("this predictor has no null class to guide with: pass --cfg-scale 1")
+    networks.predictor.to(device)
+    if networks.refiner is not None:
+        networks.refiner.to(device)
+    return networks
+
+
+def sampler_of(args: argparse.Namespace, text: str, networks: Networks) -> FlowTurbo | ODESampler | SDESampler:
+    """The sampler that a text names, with the networks and the sampling flags."""
+    return make_sampler(
+        text,
+        networks.predictor,
+        networks.refiner,
+        guidance_of(args),
+        refiner_step=args.refiner_step,
+        path=PATHS[args.path_type],
+        atol=args.atol,
+        rtol=args.rtol,
+        diffusion=args.diffusion,
+    )
+
+
+def sample_numbers(
+    sampler: FlowTurbo | ODESampler | SDESampler, networks: Networks, seed: int, numbers: range, classes: Tensor
+) -> Tensor:
+    """Latents of the samples with these numbers and classes (N,): all noise is keyed by (seed, number)."""
+    shape = networks.predictor.input_shape
+    z = keyed_noise(seed, numbers, shape).to(networks.device)
+    y = classes.to(networks.device)
+    if isinstance(sampler, SDESampler):
+        return sampler.sample(z, y, noise=lambda k: keyed_noise(seed, numbers, shape, stream=k + 1))
+    return sampler.sample(z, y)
+
+
+def file_name(text: str) -> str:
+    """A user's text as a part of a file name."""
+    return re.sub(r"[^\w.+-]", "_", text)[:100]

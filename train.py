@@ -379,7 +379,7 @@ def run_folder(args: argparse.Namespace, ranks: World) -> tuple[Path, Path | Non
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder), None if resumed is None else str(resumed)
 
-    folder, resumed = ranks.broadcast(choose() if ranks.is_main else None)
+    folder, resumed = ranks.agree(choose)
     return Path(folder), None if resumed is None else Path(resumed)
 
 

@@ -15,24 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.files import atomic_write
+
 
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: to a temporary file in the same folder, then renamed.
-
-    Raises OSError naming the path where it cannot be written; what was there before stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a checkpoint whole or not at all; makes the folder. Raises OSError naming a path that takes none."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {os.fspath(path)!r}: {error}") from error
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 
@@ -19,11 +21,22 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return super()._get_help_string(action)
 
 
-def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """An ArgumentParser that refuses abbreviations, so that a mistyped flag never passes for another."""
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=Formatter, allow_abbrev=False
-    )
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which names the flag that a mistyped one resembles."""
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            typed = message[len(prefix) :].split()[0].split("=")[0]
+            near = get_close_matches(typed, known, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def new_parser(description: str, epilog: str | None = None) -> Parser:
+    """A parser that refuses abbreviations, so that a mistyped flag never passes for another."""
+    return Parser(description=description, epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
 
 
 def hyphenate(argv: Sequence[str] | None) -> list[str]:
@@ -50,7 +63,12 @@ def run_script(main: Callable[[], object]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FLOWTURBO_TRACEBACK"):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:  # A mistake that every rank meets is told once: rank 0's exit makes torchrun end the others.
+            time.sleep(2)
+        message = str(error) if isinstance(error, Advice) else one_line(error)
+        who = f"[rank {rank}] " if rank else ""
+        print(f"{who}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         _exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
@@ -62,6 +80,10 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class Advice(ValueError):
+    """A user's mistake whose message is printed as it stands, on the lines it has."""
 
 
 def one_line(error: BaseException) -> str:

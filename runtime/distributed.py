@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,25 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (any small picklable object), on every rank."""
+    def agree(self, function: Callable[[], Value]) -> Value:
+        """What rank 0's call of the function returns, on every rank; where it raises, every rank stops.
+
+        The error is raised on rank 0 alone, so that it is told once; the others leave with exit code 2.
+        """
         if self.size == 1:
-            return value
-        box = [value]
+            return function()
+        box: list[Any] = [None, None]
+        failure = None
+        if self.is_main:
+            try:
+                box[0] = function()
+            except Exception as error:
+                failure, box[1] = error, str(error)
         dist.broadcast_object_list(box, src=0, device=self.device)
+        if failure is not None:
+            raise failure
+        if box[1] is not None:
+            sys.exit(2)
         return box[0]
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -63,11 +80,12 @@ class World:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join torchrun's process group, or be a world of one; leaves it at the end.
 
     `device` is "auto" (CUDA where there is one), "cuda" or "cpu", or "cuda:K" for a world of one. Under torchrun
-    the CUDA device is the local rank; the backend is NCCL on CUDA and gloo on the CPU.
+    the CUDA device is the local rank; the backend is NCCL on CUDA and gloo on the CPU. `timeout` is how long a
+    rank may wait for the others; one that dies ends all at once anyway, by torchrun's hand.
     Raises ValueError for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -78,7 +96,7 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(0, 0, 1, place)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield World(rank, local_rank, size, place)
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from runtime.files import atomic_write
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -30,11 +31,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
     """Write a PNG, whole or not at all; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")
 
 
 def grid(rows: Sequence[Tensor], captions: Sequence[str] = (), *, least_side: int = 32) -> Image.Image:
@@ -46,8 +44,9 @@ def grid(rows: Sequence[Tensor], captions: Sequence[str] = (), *, least_side: in
     factor = max(1, -(-least_side // min(height, width)))
     height, width = height * factor, width * factor
     gap = max(2, height // 32)
-    font = ImageFont.load_default(size=max(12, height // 12))
-    head = int(font.size * 1.6) if captions else 0
+    font_size = max(12, height // 12)
+    font = ImageFont.load_default(size=font_size)
+    head = int(font_size * 1.6) if captions else 0
     columns = max(len(row) for row in rows)
     text_width = max((int(font.getlength(caption)) for caption in captions), default=0)
     size = (

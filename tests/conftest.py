@@ -109,8 +109,9 @@ class Gaussian:
     def velocity(self, x, t):
         t = torch.as_tensor(t, dtype=x.dtype)
         mean, variance = self._moments(t)
-        slope = self.path.alpha(t) * self.path.alpha_dot(t) * self.std**2 + self.path.sigma(t) * self.path.sigma_dot(t)
-        return self.path.alpha_dot(t) * self.mean + slope / variance * (x - mean)
+        path = self.path
+        slope = path.alpha(t) * path.alpha_dot(t) * self.std**2 + path.sigma(t) * path.sigma_dot(t)
+        return path.alpha_dot(t) * self.mean + slope / variance * (x - mean)
 
     def score(self, x, t):
         mean, variance = self._moments(torch.as_tensor(t, dtype=x.dtype))

@@ -62,9 +62,9 @@ class Schedule:
                 groups.append("")
             else:
                 block = token[1] or groups.pop()
-                count = int((token[2] or token[5] or "1")[:9])
+                count = int((token[2] or token[5] or "1").lstrip("0")[:9] or 0)
                 if len(block) * count + len(groups[-1]) > _LONGEST:
-                    raise ValueError(f"schedule {text[:40]!r} has over {_LONGEST} steps")
+                    raise ValueError(f"schedule {text[:40]!r} has over {_LONGEST} steps; {GRAMMAR}")
                 groups[-1] += block * count
             position = token.end()
         if len(groups) > 1:

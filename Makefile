@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv with the packages of
+# pyproject.toml. A second call starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+.PHONY: demo demo-from-scratch test test-slow check setup clean
+
+demo: $(READY)
+	$(RUN) demo.py
+
+demo-from-scratch: $(READY)
+	$(RUN) demo.py --from-scratch
+
+test: $(READY)
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) must be Python 3.10 or newer; name another one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks the venv module; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and the other packages into $(VENV): some minutes, once"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -26,9 +27,11 @@ from refiner import VelocityRefiner
 from runtime import cli
 from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
 from runtime.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint, weights_of
-from runtime.data import Batch, ClassFolder, TrainingSamples, training_loader
+from runtime.classes import read_class_map
+from runtime.data import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
 from runtime.distributed import World, world
 from runtime.images import from_uint8, grid, save_png, to_uint8
+from runtime.latents import LatentFolder, is_latent_folder
 from runtime.randomness import keyed_noise
 from runtime.runlog import RunLog
 from transport import PATHS, FlowTurbo, flow_matching_loss, refiner_loss, refiner_times
@@ -46,7 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", choices=tuple(DEFAULTS), default="refiner", help="which network to train")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", required=True, metavar="DIR", help="one folder of images per class")
+    group.add_argument(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="one folder of images per class, or what python -m runtime.latents made of it",
+    )
+    group.add_argument("--class-map", metavar="JSON", help='which class each folder is, like {"tabby": 281}')
+    group.add_argument("--subset", type=float, default=1.0, help="train on this share of every class")
     group.add_argument("--image-size", type=int, help="side of the square crop (default: the model's; 256)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="random horizontal flips")
     group.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes")
@@ -82,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--global-batch-size", type=int, help="over all ranks (default: refiner 18, predictor 256)")
     group.add_argument("--steps", type=int, help="updates (default: refiner 30000, predictor 400000)")
+    group.add_argument("--max-hours", type=float, help="stop cleanly, with a checkpoint, after so many hours")
     group.add_argument("--epochs", type=int, help="passes over the data, in place of --steps")
     group.add_argument("--lr", type=float, help="(default: refiner 5e-5, predictor 1e-4)")
     group.add_argument("--warmup", type=int, default=0, help="updates over which the learning rate rises from 0")
@@ -192,10 +203,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         network = ranks.wrap(model.train())
         loss_of = make_loss(args, network, teacher, model)
+        deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
         for batch in loader:
-            loss, norm = train_step(args, ranks, state, network, loss_of, autoencoder, batch, dtype)
+            loss, norm, late = train_step(args, ranks, state, network, loss_of, autoencoder, batch, dtype, deadline)
             log.advance(state.step, args.global_batch_size)
-            done = state.step == total
+            done = late or state.step == total
             if done or state.step % args.log_every == 0:
                 log.scalars(loss=loss, gradient=norm)
             if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
@@ -205,6 +217,11 @@ def main(argv: list[str] | None = None) -> None:
                 path = folder / "checkpoints" / f"{state.step:07d}.pt"
                 state.save(path, config)
                 log.say(f"step {state.step}: loss {loss:.5f}, saved {path}")
+            if late:
+                log.say(
+                    f"--max-hours {args.max_hours} are over at step {state.step}; --resume auto goes on from here"
+                )
+                break
         ranks.barrier()
         log.say(f"done: {folder}")
         log.close()
@@ -226,6 +243,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--class-dropout and --ema-decay must lie in [0, 1)")
     if not (args.lr > 0 and args.wd >= 0 and (args.clip_grad is None or args.clip_grad > 0)):
         parser.error("--lr and --clip-grad must be positive, --wd at least 0")
+    if args.max_hours is not None and not args.max_hours > 0:
+        parser.error("--max-hours must be positive")
     if args.target == "refiner" and not args.model_teacher_ckpt:
         parser.error("--target refiner needs the trained predictor: --model-teacher-ckpt FILE")
     if args.target == "refiner" and args.path_type != "linear":
@@ -235,30 +254,42 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def open_data(args: argparse.Namespace, teacher: SiT | None, autoencoder: Autoencoder | NoAutoencoder) -> ClassFolder:
-    """The images at the size and in the channels that the model works with."""
-    pixels = autoencoder.channels is None
+def open_data(
+    args: argparse.Namespace, teacher: SiT | None, autoencoder: Autoencoder | NoAutoencoder
+) -> TrainingData:
+    """The images, or cached latents, at the size and in the channels that the model works with."""
+    size, num_classes = args.image_size, args.num_classes
+    channels = args.channels if isinstance(autoencoder, NoAutoencoder) else 3
     if teacher is not None:
-        channels, height, width = teacher.input_shape
-        size = height * autoencoder.factor
+        inputs, height, width = teacher.input_shape
+        size, num_classes = height * autoencoder.factor, teacher.num_classes
+        channels = inputs if isinstance(autoencoder, NoAutoencoder) else 3
         if height != width or args.image_size not in (None, size):
             raise ValueError(f"the predictor works on {height}x{width} latents, that is --image-size {size}")
-        return ClassFolder(args.data_path, size, channels if pixels else 3, teacher.num_classes)
-    return ClassFolder(args.data_path, args.image_size or 256, args.channels if pixels else 3, args.num_classes)
+    class_map = read_class_map(args.class_map) if args.class_map else None
+    data: TrainingData
+    if is_latent_folder(args.data_path):
+        if isinstance(autoencoder, NoAutoencoder):
+            raise ValueError(f"{args.data_path} holds latents: name their autoencoder with --vae-ckpt")
+        data = LatentFolder(args.data_path, autoencoder, size, num_classes, class_map)
+    else:
+        data = ClassFolder(args.data_path, size or 256, channels, num_classes, class_map)
+    return Subset(data, args.subset, args.seed) if args.subset != 1 else data
 
 
 def build_model(
-    args: argparse.Namespace, teacher: SiT | None, data: ClassFolder, autoencoder: Autoencoder | NoAutoencoder
+    args: argparse.Namespace, teacher: SiT | None, data: TrainingData, autoencoder: Autoencoder | NoAutoencoder
 ) -> SiT:
     """The network to train, freshly initialised: a refiner shaped after its teacher, or a SiT."""
     if teacher is not None:
         return VelocityRefiner(**{**teacher.config, "depth": 1})
-    if data.image_size % autoencoder.factor:
-        raise ValueError(f"--image-size {data.image_size} is not a multiple of {autoencoder.factor}")
+    image_size = data.image_size
+    if image_size % autoencoder.factor:
+        raise ValueError(f"--image-size {image_size} is not a multiple of {autoencoder.factor}")
     given = {name: getattr(args, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
     return SiT(
-        input_size=data.image_size // autoencoder.factor,
-        in_channels=autoencoder.channels or data.channels,
+        input_size=image_size // autoencoder.factor,
+        in_channels=autoencoder.channels or args.channels,
         num_classes=args.num_classes or len(data.classes),
         class_dropout_prob=args.class_dropout,
         learn_sigma=args.learn_sigma,
@@ -296,8 +327,10 @@ def train_step(
     autoencoder: Autoencoder | NoAutoencoder,
     batch: Batch,
     dtype: torch.dtype,
-) -> tuple[float, float]:
-    """One update from this rank's share of the global batch; returns the global mean loss and gradient norm.
+    deadline: float = math.inf,
+) -> tuple[float, float, bool]:
+    """One update from this rank's share of the global batch; returns the global mean loss, the gradient's norm, and
+    whether the deadline (of time.monotonic) has passed on any rank.
 
     Shares may be unequal: each rank's sum is weighted so that the averaged gradient is the global mean's.
     Raises FloatingPointError before the update, on every rank, where the loss or the gradient is not finite.
@@ -308,7 +341,10 @@ def train_step(
     passes = split(batch.to(ranks.device), args.accumulate)
     for index, part in enumerate(passes):
         with pipeline.autocast(ranks.device, dtype):
-            x1 = autoencoder.sample(autoencoder.moments(from_uint8(part.images)), part.posterior_noise)
+            moments = (
+                autoencoder.moments(from_uint8(part.images)) if part.images.dtype == torch.uint8 else part.images
+            )
+            x1 = autoencoder.sample(moments, part.posterior_noise)
             loss = loss_of(x1, part).sum() / args.global_batch_size
         with ranks.no_sync(network) if index < len(passes) - 1 else nullcontext():
             state.scaler.scale(loss * ranks.size).backward()
@@ -316,7 +352,8 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-    mean = ranks.sum(total).item()
+    late = torch.full_like(total, time.monotonic() > deadline)  # shares the loss's collective: all stop together
+    mean, late = ranks.sum(torch.stack([total, late])).tolist()
     if not math.isfinite(mean) or not (state.scaler.is_enabled() or torch.isfinite(norm)):
         raise FloatingPointError(
             f"step {state.step + 1}: the loss is {mean} and its gradient's norm {norm.item()}; stopped before the "
@@ -327,7 +364,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     update_ema(state.ema, state.model, min(args.ema_decay, state.step / (state.step + 9)))
-    return mean, norm.item()
+    return mean, norm.item(), late > 0
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

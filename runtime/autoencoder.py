@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ class Autoencoder(nn.Module):
         self.shift = float(getattr(network.config, "shift_factor", None) or 0.0)
         self.channels = int(network.config.latent_channels)
         self.factor = 2 ** (len(network.config.block_out_channels) - 1)
+
+    def fingerprint(self) -> str:
+        """The sha256 of the weights in float32: what cached moments depend on."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:

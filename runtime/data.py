@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from runtime.distributed import World
 from runtime.randomness import keyed_generator
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+ORDER_STREAM, SUBSET_STREAM = 1, 2  # of the keyed generator; stream 0 is a sample's own
 MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
 
 
 class Batch(NamedTuple):
     """Training samples. u_* are uniform draws in [0, 1) from which the loss takes its times and label drops."""
 
-    images: Tensor  # (N, C, H, W) uint8
+    images: Tensor  # (N, C, H, W) uint8, or the moments (N, 2C, h, w) float16 of cached latents
     labels: Tensor  # (N,) int64
     noise: Tensor  # (N, *latent shape) standard normal: x0
     posterior_noise: Tensor  # the same shape: the autoencoder's draw; empty for pixel-space models
@@ -44,6 +45,20 @@ class Batch(NamedTuple):
         return Batch(*(value.to(device, non_blocking=True) for value in self))
 
 
+class TrainingData(Protocol):
+    """What training samples come from: images, or an autoencoder's moments of images."""
+
+    classes: list[str]
+    labels: list[int]  # the class index of each image
+    image_size: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
+        """(image uint8 (C, H, W) or moments float16 (2C, h, w), class index)."""
+        ...
+
+
 class ClassFolder:
     """Images in one folder per class, cropped to squares.
 
@@ -52,7 +67,12 @@ class ClassFolder:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], image_size: int, channels: int = 3, num_classes: int | None = None
+        self,
+        root: str | os.PathLike[str],
+        image_size: int,
+        channels: int = 3,
+        num_classes: int | None = None,
+        class_map: Mapping[str, int] | None = None,
     ):
         if channels not in MODES:
             raise ValueError(f"images have 1, 3 or 4 channels, not {channels}")
@@ -66,23 +86,52 @@ class ClassFolder:
             hint = "expected one folder of images per class, like data/cat/1.png"
             raise ValueError(f"data folder {os.fspath(root)!r}: {error}; {hint}") from None
         self.classes = folder.classes
-        indices = class_indices(folder.classes, num_classes)
-        self.samples = [(path, indices[target]) for path, target in folder.samples]
+        self.paths = [path for path, _ in folder.samples]
+        self.folders = [target for _, target in folder.samples]  # position in `classes`
+        indices = class_indices(folder.classes, num_classes, class_map)
+        self.labels = [indices[target] for target in self.folders]
         self.image_size, self.channels = image_size, channels
-        fits = len(self.samples) * channels * image_size**2 <= MEMORY_BYTES
+        fits = len(self.paths) * channels * image_size**2 <= MEMORY_BYTES
         self._memory: dict[int, np.ndarray] | None = {} if fits else None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         """(image uint8 (C, H, W), class index)."""
-        path, label = self.samples[index]
         if self._memory is None:
-            return read_image(path, self.image_size, self.channels), label
-        if index not in self._memory:
-            self._memory[index] = read_image(path, self.image_size, self.channels)
-        return self._memory[index], label
+            image = read_image(self.paths[index], self.image_size, self.channels)
+        else:
+            if index not in self._memory:
+                self._memory[index] = read_image(self.paths[index], self.image_size, self.channels)
+            image = self._memory[index]
+        return image[:, :, ::-1] if flipped else image, self.labels[index]
+
+
+class Subset:
+    """A share of every class of `data`, at least one image of each, drawn from the seed.
+
+    Raises ValueError for a fraction outside (0, 1].
+    """
+
+    def __init__(self, data: TrainingData, fraction: float, seed: int):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"subset {fraction} must lie in (0, 1]")
+        self.data, self.classes, self.image_size = data, data.classes, data.image_size
+        labels = np.asarray(data.labels)
+        chosen = []
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels == label)
+            order = keyed_generator(seed, int(label), SUBSET_STREAM).permutation(len(members))
+            chosen.append(members[order[: max(1, round(fraction * len(members)))]])
+        self.indices = np.sort(np.concatenate(chosen))
+        self.labels = labels[self.indices].tolist()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
+        return self.data.read(int(self.indices[index]), flipped)
 
 
 def read_image(path: str | os.PathLike[str], size: int, channels: int = 3) -> np.ndarray:
@@ -119,14 +168,14 @@ class TrainingSamples(Dataset):
     """
 
     def __init__(
-        self, data: ClassFolder, seed: int, latent_shape: Sequence[int], *, flip: bool = True, posterior: bool = True
+        self, data: TrainingData, seed: int, latent_shape: Sequence[int], *, flip: bool = True, posterior: bool = True
     ):
         self.data, self.seed, self.flip = data, seed, flip
         self.latent_shape, self.posterior = tuple(latent_shape), posterior
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return keyed_generator(self.seed, epoch, stream=1).permutation(len(self.data))
+        return keyed_generator(self.seed, epoch, ORDER_STREAM).permutation(len(self.data))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         count = len(numbers)
@@ -135,10 +184,10 @@ class TrainingSamples(Dataset):
         uniform = np.empty((3, count), np.float32)
         for row, number in enumerate(numbers):
             epoch, position = divmod(number, len(self.data))
-            image, labels[row] = self.data[self._order(epoch)[position]]
             random = keyed_generator(self.seed, number)
-            flipped = random.random() < 0.5
-            images.append(image[:, :, ::-1] if flipped and self.flip else image)
+            flipped = random.random() < 0.5 and self.flip
+            image, labels[row] = self.data.read(int(self._order(epoch)[position]), flipped)
+            images.append(image)
             uniform[:, row] = random.random(3, dtype=np.float32)
             noise[:, row] = random.standard_normal((len(noise), *self.latent_shape), dtype=np.float32)
         posterior = noise[1] if self.posterior else np.empty(0, np.float32)

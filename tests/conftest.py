@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models import SiT
 from refiner import VelocityRefiner
@@ -150,3 +154,81 @@ class Recorder:
 @pytest.fixture(scope="session")
 def recorder():
     return Recorder
+
+
+@pytest.fixture(scope="session")
+def class_folder():
+    """class_folder(root, classes=2, images=3, size=(8, 8)) -> root, with folders c0, c1, ... of random PNGs."""
+
+    def make(root, classes=2, images=3, size=(8, 8), channels=3, seed=0):
+        random = np.random.default_rng(seed)
+        for k in range(classes):
+            (root / f"c{k}").mkdir(parents=True)
+            for i in range(images):
+                pixels = random.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+                Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(root / f"c{k}" / f"{i}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_network():
+    """save_network(path, kind, seed, **config) -> path of a checkpoint as train.py writes them, random weights."""
+
+    def save(path, kind=SiT, seed=1, **config):
+        network = randomised(kind(**{**SMALL, "depth": 1 if kind is VelocityRefiner else 2, **config}), seed)
+        model = {"class": kind.__name__, **network.config}
+        torch.save({"ema": network.state_dict(), "step": 1, "config": {"model": model}}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def pixel_models(tmp_path_factory, save_network):
+    """The flags of a predictor and a refiner for RGB images of 8x8 in 10 classes."""
+    folder = tmp_path_factory.mktemp("pixel-models")
+    predictor = save_network(folder / "predictor.pt", SiT, 1, in_channels=3)
+    refiner = save_network(folder / "refiner.pt", VelocityRefiner, 2, in_channels=3)
+    return ["--predictor-ckpt", str(predictor), "--refiner-ckpt", str(refiner), "--vae-ckpt", "none"]
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A folder with a small AutoencoderKL of random weights: 16x16 images, 8x8 latents of 4 channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(3)
+    network = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+        scaling_factor=0.7,
+        shift_factor=0.3,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python():
+    """python(*arguments, ranks=0, **environment) -> the finished process; with ranks, under torchrun."""
+
+    def run(*arguments, ranks=0, timeout=120, cwd=TESTS.parent, **environment):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={ranks}"]
+        return subprocess.run(
+            [sys.executable, *(launcher if ranks else []), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), **environment},
+        )
+
+    return run

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -136,6 +137,13 @@ def feature_set(pool, logits=None):
     statistics = GaussianStatistics(pool.shape[1])
     statistics.update(pool)
     return FeatureSet("drawn", "none", len(pool), pool_statistics=statistics.gaussian(), pool=pool, logits=logits)
+
+
+def test_evaluate_refuses_unlike_sides():
+    ours = feature_set(torch.randn(9, 3))
+    for other in (dataclasses.replace(ours, extractor="another"), feature_set(torch.randn(9, 4))):
+        with pytest.raises(ValueError, match="unlike"):
+            dict(evaluate(ours, other))
 
 
 def test_bootstrap_errors_are_the_spread_of_fresh_draws():

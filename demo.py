@@ -56,7 +56,7 @@ PREDICTOR_FLAGS = [
 ]
 REFINER_FLAGS = [
     *("--target", "refiner", "--vae-ckpt", "none", "--no-flip", "--global-batch-size", "64", "--max-dt", "0.15"),
-    *("--lr", "1e-3", "--warmup", "50", "--ema-decay", "0.99", "--steps", "1200"),
+    *("--lr", "1e-3", "--warmup", "50", "--ema-decay", "0.99", "--steps", "1000"),
 ]
 
 

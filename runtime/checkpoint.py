@@ -4,6 +4,7 @@ but tensors and plain containers."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -30,16 +31,20 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU. Raises ValueError naming a file that is not one.
 
-    Checkpoints of the original SiT and FlowTurbo scripts carry an argparse.Namespace: just that is let in.
+    Checkpoints of the original SiT and FlowTurbo scripts carry an argparse.Namespace: just that is let in. A
+    .safetensors file gives {"ema", "config"} where its metadata hold a config, else its tensors.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path!r} does not exist")
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                config = json.loads((file.metadata() or {}).get("config", "null"))
+            return {"ema": weights, "config": config} if isinstance(config, dict) else weights
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,10 @@ class RunLog:
         if folder is None:
             return
         self.file = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05)
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; in a file the bar would be mostly noise
+        self.bar = tqdm(
+            total=total, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=interval
+        )
         self.board = _tensorboard(folder)
         self.step, self.images, self.since = first, 0, time.perf_counter()
 

@@ -1,0 +1,107 @@
+"""What can be downloaded: names, files, mirrors, sizes, hashes and licences, as data.
+
+None where a size or hash is not published: it is recorded at the first download, and held to from then on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file: its path below the cache folder, its https mirrors in the order tried, and what is known of it."""
+
+    path: str
+    urls: tuple[str, ...]
+    size: int | None = None  # bytes
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What a name stands for: one file, or the files of one folder."""
+
+    about: str
+    licence: str
+    advice: str  # how a script takes a local path in its place
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def path(self) -> str:
+        """The file, or the folder of several, below the cache folder."""
+        first = self.files[0].path
+        return first if len(self.files) == 1 else str(PurePosixPath(first).parent)
+
+
+def _autoencoder(repository: str, about: str) -> Asset:
+    source = f"https://huggingface.co/stabilityai/{repository}/resolve/main"
+    return Asset(
+        about=f"autoencoder stabilityai/{repository}: {about}",
+        licence="MIT",
+        advice="--vae-ckpt FOLDER",
+        files=tuple(
+            RemoteFile(f"{repository}/{name}", (f"{source}/{name}",))
+            for name in ("config.json", "diffusion_pytorch_model.safetensors")
+        ),
+    )
+
+
+ASSETS = {
+    "sit-xl-2-256": Asset(
+        about="velocity predictor SiT-XL/2 for ImageNet 256x256, 675 M parameters",
+        licence="unknown (the code that made it: MIT)",
+        advice="--predictor-ckpt FILE (train.py: --model-teacher-ckpt FILE)",
+        files=(
+            RemoteFile(
+                "SiT-XL-2-256x256.pt",
+                (
+                    "https://huggingface.co/nyu-visionx/SiT-collections/resolve/main/SiT-XL-2-256.pt",
+                    "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+                    "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+                ),
+            ),
+        ),
+    ),
+    "sit-xl-2-refiner": Asset(
+        about="FlowTurbo's velocity refiner for SiT-XL/2, 29 M parameters",
+        licence="MIT (that of the release)",
+        advice="--refiner-ckpt FILE",
+        files=(RemoteFile("SiT-XL-2-Refiner.pt", ("https://cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1",)),),
+    ),
+    "vae-ema": _autoencoder("sd-vae-ft-ema", "the one of SiT and FlowTurbo"),
+    "vae-mse": _autoencoder("sd-vae-ft-mse", "smoother images"),
+    "inception": Asset(
+        about="Inception-v3 weights for FID, as torch-fidelity ported them",
+        licence="Apache-2.0 (that of torch-fidelity)",
+        advice="evaluator.py's --weights FILE",
+        files=(
+            RemoteFile(
+                "weights-inception-2015-12-05-6726825d.pth",
+                (
+                    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                    "weights-inception-2015-12-05-6726825d.pth",
+                ),
+                95_628_359,
+                "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            ),
+        ),
+    ),
+    "adm-imagenet-256": Asset(
+        about="the ADM suite's ImageNet 256x256 reference: statistics and 10 000 images",
+        licence="unknown (holds ImageNet images)",
+        advice="evaluator.py's first argument",
+        files=(
+            RemoteFile(
+                "VIRTUAL_imagenet256_labeled.npz",
+                (
+                    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+                    "VIRTUAL_imagenet256_labeled.npz",
+                ),
+                2_037_122_530,
+                "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
+            ),
+        ),
+    ),
+}

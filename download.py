@@ -60,12 +60,8 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__.strip(), EPILOG)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="what to download, or all; nothing lists what exists"
-    )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help=f"where to (default: ${CACHE_VARIABLE}, ~/.cache/flowturbo)"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to download, or all; without, a list is shown")
+    parser.add_argument("--cache-dir", metavar="DIR", help=f"where to (default: ${CACHE_VARIABLE}, else see below)")
     parser.add_argument("--offline", action="store_true", help="only check what is here (or set FLOWTURBO_OFFLINE=1)")
     return parser
 
@@ -161,15 +157,19 @@ def export_weights(
     if out.suffix not in FORMATS:
         raise ValueError(f"{str(out)!r} must end in {' or '.join(FORMATS)}")
     content = load_checkpoint(checkpoint)
-    config = content.get("config")
+    config = content.get("config", {})
     kinds = {kind.__name__: kind for kind in (SiT, VelocityRefiner)}
-    kind = kinds.get(config["model"].get("class")) if isinstance(config, dict) and "model" in config else None
+    kind = kinds.get(config.get("model", {}).get("class"))
     if kind is None:
         raise ValueError(f"checkpoint {os.fspath(checkpoint)!r} holds no config: export takes what train.py wrote")
     config = {**config, "training": _without_folders(config.get("training", {}))}
     config["step"] = content.get("step", config.get("step"))
     network = pipeline.load_network(kind, os.fspath(checkpoint))
     weights = {name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(
+            f"weights of {os.fspath(checkpoint)!r} leave the range of {dtype}: take --dtype bf16 or fp32"
+        )
     if out.suffix == ".pt":
         save_checkpoint(out, {"ema": weights, "config": config})
     else:
@@ -177,7 +177,6 @@ def export_weights(
 
         with atomic_write(out) as file:
             file.write(save(weights, {"format": "pt", "config": json.dumps(config)}))
-    pipeline.load_network(kind, str(out))  # as every script will
     return config
 
 
@@ -208,6 +207,7 @@ def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
 def card(path: Path, config: dict[str, Any], dtype: torch.dtype) -> str:
     """The model card of an exported file: Markdown with the hub's front matter."""
     training, is_refiner = config["training"], config["model"]["class"] == "VelocityRefiner"
+    after = "" if config["step"] is None else f" after {config['step']} steps"
     what = "FlowTurbo velocity refiner" if is_refiner else "SiT velocity predictor"
     command = f"python sample.py --predictor-ckpt {path.name} --schedule H8"
     if is_refiner:
@@ -224,7 +224,7 @@ def card(path: Path, config: dict[str, Any], dtype: torch.dtype) -> str:
         "",
         f"# {path.stem}",
         "",
-        f"A {what}: averaged (EMA) weights after {config['step']} steps, {str(dtype).removeprefix('torch.')}.",
+        f"A {what}: averaged (EMA) weights{after}, {str(dtype).removeprefix('torch.')}.",
         "",
         f"`{path.name}`, {path.stat().st_size:,} bytes, sha256 `{sha256(path)}`",
         "",

@@ -21,6 +21,7 @@ import pipeline
 from runtime import cli
 from runtime.classes import IMAGENET_CLASSES, class_index
 from runtime.distributed import pick_device
+from runtime.files import check_writable
 from runtime.images import grid, save_png, to_uint8
 from transport import FlowTurbo
 
@@ -71,8 +72,11 @@ class Row:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     texts = args.compare or [args.schedule]
+    name = pipeline.file_name("-vs-".join(texts))
+    out = Path(args.out or f"samples/{name}-cfg{args.cfg_scale:g}-seed{args.seed}.png")
     needs_refiner = any(map(pipeline.needs_refiner, texts))
     pipeline.check_files(args, needs_refiner)
+    check_writable(out)
     networks = pipeline.load_networks(args, needs_refiner, pick_device(args.device))
     classes = pick_classes(args, networks.predictor.num_classes)
     if args.compare:  # so that the first row's time does not contain the device's start-up
@@ -83,8 +87,6 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row.images)
         captions.append(row.caption(str(pipeline.parse_sampler(text)), args.cfg_scale))
         print(captions[-1])
-    name = pipeline.file_name("-vs-".join(texts))
-    out = Path(args.out or f"samples/{name}-cfg{args.cfg_scale:g}-seed{args.seed}.png")
     if not args.compare:
         rows = list(rows[0].split(4 if len(classes) <= 8 else 8))
     save_png(out, grid(rows, captions if args.compare else ()))

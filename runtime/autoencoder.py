@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,15 @@ def load_autoencoder(
         raise ValueError(
             f"autoencoder {name!r} is neither a folder, an alias ({', '.join(ALIASES)}), a hub id nor 'none'"
         )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, line by line, say no more than below
     try:
         network = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "" if local else "; without network pass the folder of a downloaded AutoencoderKL as --vae-ckpt"
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(f"cannot load autoencoder {source}{offline}: {reason}{hint}") from None
+        if local:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"cannot load autoencoder {source}: {reason}") from None
+        raise ValueError(
+            f"autoencoder {source} is not in the hub's local cache and could not be fetched: "
+            "pass the folder of a downloaded AutoencoderKL (config.json and weights) with --vae-ckpt"
+        ) from None
     return Autoencoder(network).to(device)

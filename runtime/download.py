@@ -41,8 +41,8 @@ PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml)", re.IGN
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to bear with a mirror, in seconds."""
+class Terms:
+    """The terms of a transfer; times in seconds."""
 
     stall: float = 30.0  # without a byte, until an attempt is given up
     attempts: int = 5  # in a row without a MiB of progress, until a mirror is given up
@@ -106,7 +106,7 @@ def fetch(
     *,
     offline: bool = False,
     verify: bool = False,
-    patience: Patience = Patience(),
+    terms: Terms = Terms(),
     assets: Mapping[str, Asset] = ASSETS,
 ) -> Path:
     """The local path of a registered name, downloaded into the cache folder if it is not there.
@@ -137,9 +137,9 @@ def fetch(
             _make_folder(path.parent)
             with _turn(path):
                 if not path.is_file():  # another process may have been first
-                    _download(file, path, key, asset.advice, patience)
+                    _download(file, path, key, asset.advice, terms)
         else:
-            _await(path, key, rank, patience)
+            _await(path, key, rank, terms)
     return place / asset.path
 
 
@@ -193,7 +193,7 @@ def _turn(path: Path) -> Iterator[None]:
         yield
 
 
-def _await(path: Path, key: str, rank: int, patience: Patience) -> None:
+def _await(path: Path, key: str, rank: int, terms: Terms) -> None:
     """Wait for rank 0's file, as long as it grows."""
     part, seen, since = _beside(path, "part"), -1, time.monotonic()
     while not path.is_file():
@@ -202,9 +202,9 @@ def _await(path: Path, key: str, rank: int, patience: Patience) -> None:
             size = part.stat().st_size
         if size != seen:
             seen, since = size, time.monotonic()
-        elif time.monotonic() - since > patience.ranks:
+        elif time.monotonic() - since > terms.ranks:
             raise OSError(
-                f"rank {rank} saw no progress of {path} in {patience.ranks:g} s, and rank 0 alone downloads; where "
+                f"rank {rank} saw no progress of {path} in {terms.ranks:g} s, and rank 0 alone downloads; where "
                 f"the nodes share no disk, run `python download.py {key}` on each before"
             )
         time.sleep(0.1)
@@ -238,14 +238,14 @@ def _unless_meant(file: RemoteFile, path: Path) -> str:
     return f" (if the new one is right, delete the record of the old one: {record})"
 
 
-def _download(file: RemoteFile, path: Path, key: str, advice: str, patience: Patience) -> None:
+def _download(file: RemoteFile, path: Path, key: str, advice: str, terms: Terms) -> None:
     """Get a file from the first mirror that delivers, and record its hash. Raises OSError with each one's reason."""
     part, record = _beside(path, "part"), _read_json(_beside(path, "json"))
     size, digest = file.size or record.get("size"), file.sha256 or record.get("sha256")
     reasons = []
     for url in file.urls:
         try:
-            found = _get(url, part, path.name, size, digest, patience)
+            found = _get(url, part, path.name, size, digest, terms)
         except _Refusal as reason:
             reasons.append(f"{url.partition('?')[0]}: {reason}")
             continue
@@ -260,13 +260,13 @@ def _download(file: RemoteFile, path: Path, key: str, advice: str, patience: Pat
     )
 
 
-def _get(url: str, part: Path, name: str, size: int | None, digest: str | None, patience: Patience) -> str:
+def _get(url: str, part: Path, name: str, size: int | None, digest: str | None, terms: Terms) -> str:
     """Complete the partial file from one mirror; returns its sha256. Raises _Refusal with the mirror's last word."""
     old, reached, failures = part.is_file(), 0, 0
     with tqdm(total=size, desc=name, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
         while True:
             try:
-                _receive(url, part, size, patience, bar)
+                _receive(url, part, size, terms, bar)
                 found = sha256(part)
                 if digest in (None, found):
                     return found
@@ -279,13 +279,13 @@ def _get(url: str, part: Path, name: str, size: int | None, digest: str | None, 
                 here = part.stat().st_size if part.is_file() else 0
                 failures = 1 if here >= reached + BLOCK else failures + 1
                 reached = max(reached, here)
-                if failures >= patience.attempts:
+                if failures >= terms.attempts:
                     raise _Refusal(f"{reason} ({failures} attempts)") from None
                 bar.set_postfix_str(str(reason))
-                time.sleep(min(30.0, patience.delay * 2 ** (failures - 1)))
+                time.sleep(min(30.0, terms.delay * 2 ** (failures - 1)))
 
 
-def _receive(url: str, part: Path, size: int | None, patience: Patience, bar: tqdm) -> None:
+def _receive(url: str, part: Path, size: int | None, terms: Terms, bar: tqdm) -> None:
     """One request: append to the partial file where it is the same file's, else begin it anew.
 
     Raises _Again or _Refusal where it is not complete afterwards, OSError where it cannot be written.
@@ -294,7 +294,7 @@ def _receive(url: str, part: Path, size: int | None, patience: Patience, bar: tq
     have = part.stat().st_size if part.is_file() and before.get("url") == url else 0
     if have and have == before.get("total"):  # a process ended between the last byte and the renaming
         return
-    with _open(url, have, part, patience) as response:
+    with _open(url, have, part, terms) as response:
         if "html" in response.headers.get_content_type():
             raise _Refusal("sent a web page in place of the file")
         mark = response.headers.get("ETag") or response.headers.get("Last-Modified")
@@ -327,7 +327,7 @@ def _receive(url: str, part: Path, size: int | None, patience: Patience, bar: tq
                 bar.update(len(block))
                 if have == total:
                     break
-    needed = 1 if expected is None else expected
+    needed = expected or 1  # nobody registers an empty file
     if have < needed:
         raise _Again(f"cut off after {have:,} of {needed:,} bytes")
     if _starts(part, b"PK\3\4") and not zipfile.is_zipfile(part):
@@ -335,14 +335,14 @@ def _receive(url: str, part: Path, size: int | None, patience: Patience, bar: tq
         raise _Refusal("sent an archive without its end")
 
 
-def _open(url: str, have: int, part: Path, patience: Patience) -> HTTPResponse:
+def _open(url: str, have: int, part: Path, terms: Terms) -> HTTPResponse:
     """Ask a mirror for the bytes from `have` on."""
-    _check_scheme(url, patience.loopback)
+    _check_scheme(url, terms.loopback)
     headers = {"User-Agent": "flowturbo", "Accept-Encoding": "identity"}  # a length is that of the file itself
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        return _opener(patience.loopback).open(Request(url, headers=headers), timeout=patience.stall)
+        return _opener(terms.loopback).open(Request(url, headers=headers), timeout=terms.stall)
     except HTTPError as error:
         error.close()
         if error.code == 416:
@@ -356,7 +356,7 @@ def _open(url: str, have: int, part: Path, patience: Patience) -> HTTPResponse:
             raise _Refusal("its host is not found") from None
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise _Refusal(f"its certificate is not valid: {cause.verify_message}") from None
-        raise _Again(_reason(cause, patience)) from None
+        raise _Again(_reason(cause, terms)) from None
 
 
 def _blocks(response: HTTPResponse, sniff: bool) -> Iterator[bytes]:
@@ -373,9 +373,9 @@ def _blocks(response: HTTPResponse, sniff: bool) -> Iterator[bytes]:
         raise _Again(_reason(error)) from None
 
 
-def _reason(error: Any, patience: Patience | None = None) -> str:
+def _reason(error: Any, terms: Terms | None = None) -> str:
     if isinstance(error, TimeoutError):
-        return "no byte for too long" if patience is None else f"no answer in {patience.stall:g} s"
+        return "no byte for too long" if terms is None else f"no answer in {terms.stall:g} s"
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 

@@ -32,6 +32,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make the folder of an output file. Raises OSError naming a path that takes none: before the work, not after."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {os.fspath(path)!r}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"cannot write {os.fspath(path)!r}: {'it is a folder' if path.is_dir() else 'no permission'}")
+
+
 @contextmanager
 def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder's lock; it falls with the process. Raises ValueError where another process holds it."""

@@ -232,3 +232,13 @@ def python():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """scikit-learn's digits as a class folder of 8x8 grey PNGs."""
+    from demo import write_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import download
 import evaluator
 import pipeline
 import sample_ddp_feature
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         print("2a. training the predictor")
         predictor = train(out, "predictor", PREDICTOR_FLAGS)
         if args.update_assets:  # half precision: the file is in the repository
-            pipeline.export_weights(predictor, PREDICTOR, torch.float16)
+            download.export_weights(predictor, PREDICTOR, torch.float16)
             predictor = PREDICTOR
     print(f"2. training a velocity refiner for {predictor}")
     steps = ["--steps", str(args.refiner_steps)] if args.refiner_steps else []

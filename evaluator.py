@@ -23,10 +23,11 @@ from evaluation import (
     atomic_write,
     evaluate,
     extract,
-    make_extractor,
 )
 from evaluation.archive import Archive, check_writable
+from pipeline import load_extractor
 from runtime.cli import hyphenate, new_parser, run_script
+from runtime.download import hint, locate
 
 USUAL_COUNT = 50_000
 
@@ -69,6 +70,10 @@ class Source(NamedTuple):
 
 def open_source(path: str) -> Source:
     """Look at a folder or an .npz without reading the images; ValueError for anything else."""
+    found = locate(path)
+    if found is None and hint(path):
+        raise ValueError(f"{path}: no such file; get it with {hint(path)}")
+    path = str(found or path)
     if Path(path).is_dir():
         return Source(ImageFolder(path), None)
     archive = Archive(path)
@@ -84,7 +89,7 @@ def extractor_for(sources: Sequence[Source], args: argparse.Namespace) -> Extrac
     """
     fixed = [source.stored for source in sources if source.images is None]
     name = args.extractor or (fixed[0].extractor.split()[0] if fixed else "inception")
-    extractor = make_extractor(name, args.device, args.weights) if len(fixed) < len(sources) else None
+    extractor = load_extractor(name, args.device, args.weights) if len(fixed) < len(sources) else None
     if extractor:
         identity = extractor.identity
     elif args.extractor:

@@ -13,11 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from evaluation import Extractor, make_extractor
+from evaluation.extractors import INCEPTION_URL, INCEPTION_VARIABLE
 from models import SiT, config_from_state
 from refiner import VelocityRefiner
 from runtime import cli
 from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
-from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, weights_of
+from runtime.checkpoint import load_checkpoint, load_weights, weights_of
+from runtime.download import hint, locate
 from runtime.randomness import keyed_noise
 from transport import PATHS, FlowTurbo, Guidance, ODESampler, SDESampler, make_sampler
 from transport.sampler import DIFFUSIONS
@@ -33,6 +36,10 @@ def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Net
     Checkpoints of train.py carry their config; for the public ones it follows from the shapes.
     Raises ValueError naming the file for one that is missing, damaged, or holds another network.
     """
+    found = locate(path)
+    if found is None and hint(path):
+        raise ValueError(f"checkpoint {path!r} does not exist: get it with {hint(path)}")
+    path = str(found or path)
     content = load_checkpoint(path)
     weights = weights_of(content, path, prefer_ema)
     config = dict(content.get("config", {}).get("model", {}))
@@ -47,13 +54,6 @@ def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Net
     network = network.to_empty(device="cpu")
     load_weights(network, weights, path)
     return network.eval().requires_grad_(False)
-
-
-def export_weights(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], dtype: torch.dtype) -> None:
-    """Write a training checkpoint's EMA weights and model config alone, in `dtype`: what sampling needs."""
-    content = load_checkpoint(checkpoint)
-    weights = {name: value.to(dtype) for name, value in weights_of(content, checkpoint).items()}
-    save_checkpoint(out, {"ema": weights, "config": content["config"]})
 
 
 class CallCounter:
@@ -191,19 +191,25 @@ def needs_refiner(text: str) -> bool:
 
 
 def check_files(args: argparse.Namespace, refiner: bool) -> None:
-    """Raises Advice, two lines, where a checkpoint file is missing: what is needed, whence, and which flag."""
-    wanted = {"--predictor-ckpt": (args.predictor_ckpt, "hub repository nyu-visionx/SiT-collections")}
-    if refiner:
-        wanted["--refiner-ckpt"] = (args.refiner_ckpt, "cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1")
-    missing = {flag: entry for flag, entry in wanted.items() if not os.path.isfile(entry[0])}
+    """Find the checkpoint files, here or among the downloads, and put their paths into the arguments.
+
+    Raises Advice, two lines, where one is missing: which, the command that gets it, and the flag for a local path.
+    """
+    missing = {}
+    for flag in ("--predictor-ckpt", "--refiner-ckpt") if refiner else ("--predictor-ckpt",):
+        name = flag[2:].replace("-", "_")
+        found = locate(getattr(args, name))
+        if found is not None and found.is_file():
+            setattr(args, name, str(found))
+        else:
+            missing[flag] = getattr(args, name)
     if missing:
-        files = ", ".join(f"{path} ({flag})" for flag, (path, _) in missing.items())
-        sources = "; ".join(
-            f"SiT-XL/2's {flag[2:].split('-')[0]} from {source}" for flag, (_, source) in missing.items()
-        )
+        files = ", ".join(f"{path} ({flag})" for flag, path in missing.items())
+        command = hint(*missing.values())
         raise cli.Advice(
             f"missing weights: {files}\n"
-            f"get {sources}; pass a local path with {' and '.join(missing)} (the autoencoder's with --vae-ckpt)"
+            + (f"get them with {command}, or " if command else "")
+            + f"pass a local path with {' and '.join(missing)} (the autoencoder's with --vae-ckpt)"
         )
 
 
@@ -253,6 +259,14 @@ def sample_numbers(
     if isinstance(sampler, SDESampler):
         return sampler.sample(z, y, noise=lambda k: keyed_noise(seed, numbers, shape, stream=k + 1))
     return sampler.sample(z, y)
+
+
+def load_extractor(name: str, device: torch.device | str, weights: str | None) -> Extractor:
+    """`make_extractor`, with Inception's weights from the downloads where no others are named."""
+    if name == "inception" and weights is None and INCEPTION_VARIABLE not in os.environ:
+        found = locate(os.path.basename(INCEPTION_URL))
+        weights = str(found) if found is not None else None
+    return make_extractor(name, device, weights)
 
 
 def file_name(text: str) -> str:

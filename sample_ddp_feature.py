@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline
-from evaluation import Extractor, FeatureSet, GaussianStatistics, make_extractor
+from evaluation import Extractor, FeatureSet, GaussianStatistics
 from runtime import cli
 from runtime.distributed import World, world
 from runtime.files import exclusive, sha256
@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> Summary:
     # Nobody waits for another rank while sampling; at the end the slowest may be far behind.
     with world(args.device, timeout=timedelta(days=7)) as ranks:
         networks = pipeline.load_networks(args, needs_refiner, ranks.device)
-        extractor = make_extractor(args.features, ranks.device, args.features_weights) if args.features else None
+        extractor = (
+            pipeline.load_extractor(args.features, ranks.device, args.features_weights) if args.features else None
+        )
         samples = SampleFolder(output_folder(args), args.num_fid_samples, args.per_proc_batch_size)
         settings = settings_of(args, ranks, extractor)
         samples.folder.mkdir(parents=True, exist_ok=True)

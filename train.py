@@ -11,29 +11,29 @@ import argparse
 import json
 import math
 import os
-import time
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pipeline
 from models import SIT_CONFIGS, SiT
 from refiner import VelocityRefiner
 from runtime import cli
 from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
-from runtime.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint, weights_of
+from runtime.checkpoint import CheckpointFolder, newest_checkpoint
 from runtime.classes import read_class_map
 from runtime.data import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
 from runtime.distributed import World, world
+from runtime.files import atomic_write
 from runtime.images import from_uint8, grid, save_png, to_uint8
 from runtime.latents import LatentFolder, is_latent_folder
 from runtime.randomness import keyed_noise
 from runtime.runlog import RunLog
+from runtime.stopping import EXIT_STOPPED, StopRequest
+from runtime.trainer import State, update
 from transport import PATHS, FlowTurbo, flow_matching_loss, refiner_loss, refiner_times
 from transport.losses import MAX_DT, RECIPES
 
@@ -42,6 +42,23 @@ DEFAULTS = {
     "refiner": {"global_batch_size": 18, "lr": 5e-5, "steps": 30_000},
     "predictor": {"global_batch_size": 256, "lr": 1e-4, "steps": 400_000},
 }
+
+# The settings that a resumed run must share with its checkpoint.
+SHAPING = (
+    *(
+        "target",
+        "seed",
+        "global_batch_size",
+        "exact",
+        "recipe",
+        "max_dt",
+        "path_type",
+        "flip",
+        "image_size",
+        "class_map",
+    ),
+    *("lr", "warmup", "wd", "clip_grad", "class_dropout", "ema_decay", "precision", "vae_ckpt"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--wd", "--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
     group.add_argument("--clip-grad", type=float, help="largest norm of the gradient")
     group.add_argument("--accumulate", type=int, default=1, help="split each rank's share into so many passes")
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        help="results that do not depend on the number of ranks, bit for bit: gradients of 12 fixed parts of the "
+        "batch are added in a fixed order (slower, and 12 times the gradient's memory)",
+    )
     group.add_argument("--class-dropout", type=float, default=0.1, help="how often the label becomes null")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights' moving average, once warm")
     group.add_argument(
@@ -114,117 +137,87 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--note", default="no-note", help="a word for the run's folder name")
     group.add_argument("--log-every", type=int, default=100, help="steps between figures in log and TensorBoard")
     group.add_argument("--ckpt-every", type=int, default=5000, help="steps between checkpoints")
+    group.add_argument(
+        "--keep-last", type=int, default=0, metavar="K", help="keep the newest K checkpoints; 0 for all"
+    )
+    group.add_argument("--keep-every", type=int, default=0, metavar="M", help="keep also those of every M-th step")
     group.add_argument("--sample-every", type=int, default=10_000, help="steps between sample grids; 0 for none")
     group.add_argument("--cfg-scale", type=float, default=4.0, help="guidance of the sample grids")
     group.add_argument(
         "--resume",
         metavar="FILE",
-        help="continue from this checkpoint; 'auto' takes the newest of the same target and note, if any",
+        help="continue from this checkpoint; 'auto' takes the newest whole one of this target and note, if any",
     )
+    group.add_argument("--allow-changes", action="store_true", help="resume although settings or data have changed")
     return parser
-
-
-@dataclass
-class State:
-    """What a checkpoint holds: everything that the next step depends on besides the arguments."""
-
-    model: SiT
-    ema: SiT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-
-    def save(self, path: Path, config: dict) -> None:
-        save_checkpoint(
-            path,
-            {
-                "model": self.model.state_dict(),
-                "ema": self.ema.state_dict(),
-                "opt": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "step": self.step,
-                "config": config,
-            },
-        )
-
-    def load(self, path: Path) -> None:
-        content = load_checkpoint(path)
-        if not {"model", "ema", "opt", "step"} <= content.keys():
-            raise ValueError(f"checkpoint {str(path)!r} holds weights only: --resume needs one written by train.py")
-        load_weights(self.model, weights_of(content, path, prefer_ema=False), path)
-        load_weights(self.ema, weights_of(content, path), path)
-        self.optimizer.load_state_dict(content["opt"])
-        if content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = int(content["step"])
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with world(args.device) as ranks:
+    with world(args.device) as ranks, StopRequest(args.max_hours) as stop:
         torch.manual_seed(args.seed)  # the initial weights; everything after is keyed by sample number
+        if args.exact and ranks.device.type == "cpu":
+            torch.set_num_threads(1)  # a split of the work over threads changes the last bits
         dtype = pipeline.pick_precision(args.precision, ranks.device)
         autoencoder = load_autoencoder(args.vae_ckpt, ranks.device)
-        teacher = None
-        if args.target == "refiner":
-            teacher = pipeline.load_network(SiT, args.model_teacher_ckpt)
-            pipeline.check_match(teacher, None, autoencoder)
+        teacher = load_teacher(args, autoencoder, ranks.device)
         data = open_data(args, teacher, autoencoder)
         model = build_model(args, teacher, data, autoencoder).to(ranks.device)
-        teacher = teacher.to(ranks.device) if teacher is not None else None
-        state = State(
-            model,
-            deepcopy(model).requires_grad_(False).eval(),
-            torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad],
-                lr=args.lr,
-                weight_decay=args.wd,
-                fused=ranks.device.type in ("cuda", "cpu"),
-            ),
-            torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16),
-        )
-        folder, resumed = run_folder(args, ranks)
-        if resumed is not None:
-            state.load(resumed)
+        state = State.new(model, ranks.device, args.lr, args.wd, dtype == torch.float16)
+        config = {"model": pipeline.model_config(model), "training": vars(args), "data": data.fingerprint()}
+        folder = resume(args, ranks, state, config)
         total = args.steps if args.epochs is None else math.ceil(args.epochs * len(data) / args.global_batch_size)
-        config = {"model": pipeline.model_config(model), "training": vars(args)}
         log = RunLog(folder if ranks.is_main else None, total, state.step)
-        if ranks.is_main:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.say(f"{args.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
         log.say(f"{ranks.size} x {ranks.device}, {dtype}, steps {state.step} to {total}, writing to {folder}")
 
-        samples = TrainingSamples(
-            data, args.seed, model.input_shape, flip=args.flip, posterior=autoencoder.channels is not None
-        )
+        posterior = autoencoder.channels is not None
         loader = training_loader(
-            samples, args.global_batch_size, ranks, first=state.step, last=total, workers=args.num_workers
+            TrainingSamples(data, args.seed, model.input_shape, flip=args.flip, posterior=posterior),
+            args.global_batch_size,
+            ranks,
+            first=state.step,
+            last=total,
+            workers=args.num_workers,
+            exact=args.exact,
         )
-        network = ranks.wrap(model.train())
-        loss_of = make_loss(args, network, teacher, model)
-        deadline = time.monotonic() + 3600 * args.max_hours if args.max_hours else math.inf
+        loss_of = make_loss(args, model, teacher, autoencoder, dtype)
         for batch in loader:
-            loss, norm, late = train_step(args, ranks, state, network, loss_of, autoencoder, batch, dtype, deadline)
+            result = update(
+                state,
+                ranks,
+                batch.to(ranks.device),
+                loss_of,
+                global_batch_size=args.global_batch_size,
+                lr=args.lr * min(1.0, (state.step + 1) / max(1, args.warmup)),
+                clip=args.clip_grad,
+                ema_decay=args.ema_decay,
+                passes=args.accumulate,
+                exact=args.exact,
+                stop=stop.wanted,
+            )
             log.advance(state.step, args.global_batch_size)
-            done = late or state.step == total
+            done = result.stop or state.step == total
             if done or state.step % args.log_every == 0:
-                log.scalars(loss=loss, gradient=norm)
+                log.scalars(loss=result.loss, gradient=result.norm)
+            if ranks.is_main and (done or state.step % args.ckpt_every == 0):
+                path = save(args, folder, state, config)
+                log.say(f"step {state.step}: loss {result.loss:.5f}, saved {path}")
+            if result.stop:
+                break
             if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
                 picture = sample_grid(args, state.ema, teacher, autoencoder, ranks.device, dtype)
                 save_png(folder / "samples" / f"{state.step:07d}.png", picture)
-            if ranks.is_main and (done or state.step % args.ckpt_every == 0):
-                path = folder / "checkpoints" / f"{state.step:07d}.pt"
-                state.save(path, config)
-                log.say(f"step {state.step}: loss {loss:.5f}, saved {path}")
-            if late:
-                log.say(
-                    f"--max-hours {args.max_hours} are over at step {state.step}; --resume auto goes on from here"
-                )
-                break
         ranks.barrier()
-        log.say(f"done: {folder}")
+        if state.step < total:
+            why = stop.signal or ("another rank's signal" if not args.max_hours else f"--max-hours {args.max_hours}")
+            log.say(f"stopped by {why} after step {state.step}; go on with the same command and --resume auto")
+        else:
+            log.say(f"done: {folder}")
         log.close()
+    if state.step < total and not stop.late:
+        sys.exit(EXIT_STOPPED)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -236,7 +229,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("global_batch_size", "steps", "epochs", "log_every", "ckpt_every", "accumulate", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("num_workers", "warmup", "sample_every", "seed"):
+    for name in ("num_workers", "warmup", "sample_every", "seed", "keep_last", "keep_every"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0")
     if not (0 <= args.class_dropout < 1 and 0 <= args.ema_decay < 1):
@@ -252,6 +245,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if "/" in args.note or args.note.startswith("."):
         parser.error(f"--note {args.note!r} must be a word for a folder name")
     return args
+
+
+def load_teacher(
+    args: argparse.Namespace, autoencoder: Autoencoder | NoAutoencoder, device: torch.device
+) -> SiT | None:
+    """The predictor that a refiner learns from; none where the predictor itself is trained."""
+    if args.target == "predictor":
+        return None
+    teacher = pipeline.load_network(SiT, args.model_teacher_ckpt)
+    pipeline.check_match(teacher, None, autoencoder)
+    return teacher.to(device)
 
 
 def open_data(
@@ -298,86 +302,32 @@ def build_model(
 
 
 def make_loss(
-    args: argparse.Namespace, network: nn.Module, teacher: SiT | None, model: SiT
-) -> Callable[[Tensor, Batch], Tensor]:
-    """The loss per sample (N,) of data x1 (N, C, H, W) with the batch's labels and draws."""
+    args: argparse.Namespace,
+    model: SiT,
+    teacher: SiT | None,
+    autoencoder: Autoencoder | NoAutoencoder,
+    dtype: torch.dtype,
+) -> Callable[[Batch], Tensor]:
+    """The loss of each sample (n,) of a batch, its randomness taken from the batch's draws."""
     path = PATHS[args.path_type]
     has_null_class = model.class_dropout_prob > 0
 
-    def loss_of(x1: Tensor, batch: Batch) -> Tensor:
+    def loss_of(batch: Batch) -> Tensor:
         drop = batch.u_drop < args.class_dropout if has_null_class else None
-        if teacher is None:
-            low, high = path.interval
-            t = low + (high - low) * batch.u_t
-            return flow_matching_loss(network, x1, batch.labels, x0=batch.noise, t=t, drop=drop, path=path)
-        t, dt = refiner_times(batch.u_t, batch.u_dt, args.max_dt, args.recipe)
-        return refiner_loss(
-            network, teacher, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop, recipe=args.recipe
-        )
+        with pipeline.autocast(batch.labels.device, dtype):
+            encoded = batch.images.dtype != torch.uint8
+            moments = batch.images if encoded else autoencoder.moments(from_uint8(batch.images))
+            x1 = autoencoder.sample(moments, batch.posterior_noise)
+            if teacher is None:
+                low, high = path.interval
+                t = low + (high - low) * batch.u_t
+                return flow_matching_loss(model, x1, batch.labels, x0=batch.noise, t=t, drop=drop, path=path)
+            t, dt = refiner_times(batch.u_t, batch.u_dt, args.max_dt, args.recipe)
+            return refiner_loss(
+                model, teacher, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop, recipe=args.recipe
+            )
 
     return loss_of
-
-
-def train_step(
-    args: argparse.Namespace,
-    ranks: World,
-    state: State,
-    network: nn.Module,
-    loss_of: Callable[[Tensor, Batch], Tensor],
-    autoencoder: Autoencoder | NoAutoencoder,
-    batch: Batch,
-    dtype: torch.dtype,
-    deadline: float = math.inf,
-) -> tuple[float, float, bool]:
-    """One update from this rank's share of the global batch; returns the global mean loss, the gradient's norm, and
-    whether the deadline (of time.monotonic) has passed on any rank.
-
-    Shares may be unequal: each rank's sum is weighted so that the averaged gradient is the global mean's.
-    Raises FloatingPointError before the update, on every rank, where the loss or the gradient is not finite.
-    """
-    for group in state.optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (state.step + 1) / max(1, args.warmup))
-    total = torch.zeros((), device=ranks.device)
-    passes = split(batch.to(ranks.device), args.accumulate)
-    for index, part in enumerate(passes):
-        with pipeline.autocast(ranks.device, dtype):
-            moments = (
-                autoencoder.moments(from_uint8(part.images)) if part.images.dtype == torch.uint8 else part.images
-            )
-            x1 = autoencoder.sample(moments, part.posterior_noise)
-            loss = loss_of(x1, part).sum() / args.global_batch_size
-        with ranks.no_sync(network) if index < len(passes) - 1 else nullcontext():
-            state.scaler.scale(loss * ranks.size).backward()
-        total += loss.detach()
-    state.scaler.unscale_(state.optimizer)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-    late = torch.full_like(total, time.monotonic() > deadline)  # shares the loss's collective: all stop together
-    mean, late = ranks.sum(torch.stack([total, late])).tolist()
-    if not math.isfinite(mean) or not (state.scaler.is_enabled() or torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {state.step + 1}: the loss is {mean} and its gradient's norm {norm.item()}; stopped before the "
-            "update (lower --lr, set --clip-grad or --warmup, or take --precision fp32)"
-        )
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    update_ema(state.ema, state.model, min(args.ema_decay, state.step / (state.step + 9)))
-    return mean, norm.item(), late > 0
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch in at most `parts` pieces of about equal size."""
-    rows = len(batch.labels)
-    size = max(1, math.ceil(rows / parts))
-    return [Batch(*(value[start : start + size] for value in batch)) for start in range(0, rows, size)]
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay·ema + (1 - decay)·model, all weights in one call."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 @torch.no_grad()
@@ -402,22 +352,67 @@ def sample_grid(
     return grid(rows, [f"{schedule}  cfg {cfg_scale:g}" for schedule in schedules])
 
 
-def run_folder(args: argparse.Namespace, ranks: World) -> tuple[Path, Path | None]:
-    """(the run's folder, the checkpoint to resume from or None), chosen by rank 0 for all."""
+def checkpoints_of(args: argparse.Namespace, folder: Path) -> CheckpointFolder:
+    return CheckpointFolder(folder / "checkpoints", args.keep_last, args.keep_every)
+
+
+def save(args: argparse.Namespace, folder: Path, state: State, config: dict) -> Path:
+    """Write the checkpoint of this step and drop those that are no longer to be kept."""
+    checkpoints = checkpoints_of(args, folder)
+    path = checkpoints.path(state.step)
+    checkpoints.record(path, state.save(path, config))
+    return path
+
+
+def resume(args: argparse.Namespace, ranks: World, state: State, config: dict) -> Path:
+    """The run's folder, chosen by rank 0 for all; the state is that of the checkpoint to resume from, if any.
+
+    Raises ValueError where settings that shape the training have changed since, unless --allow-changes.
+    """
 
     def choose() -> tuple[str, str | None]:
         results, name = Path(args.results_dir), f"{args.target}-{args.note}"
-        resumed = newest_checkpoint(results, f"[0-9]*-{name}") if args.resume == "auto" else args.resume
-        if resumed is not None:
-            folder = Path(resumed).resolve().parent.parent
+        checkpoint: Path | None = None
+        if args.resume == "auto":
+            checkpoint = newest_checkpoint(results, f"[0-9]*-{name}", warn=lambda text: print(f"warning: {text}"))
+        elif args.resume:
+            checkpoint = Path(args.resume)
+        if checkpoint is not None and checkpoint.resolve().parent.name == "checkpoints":
+            folder = checkpoint.resolve().parent.parent
         else:
             taken = [int(p.name.split("-")[0]) for p in results.glob("[0-9]*-*") if p.name.split("-")[0].isdigit()]
             folder = results / f"{max(taken, default=-1) + 1:03d}-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder), None if resumed is None else str(resumed)
+        return str(folder), None if checkpoint is None else str(checkpoint)
 
-    folder, resumed = ranks.agree(choose)
-    return Path(folder), None if resumed is None else Path(resumed)
+    chosen, checkpoint = ranks.agree(choose)
+    folder = Path(chosen)
+    if checkpoint is not None:
+        before = state.load(Path(checkpoint))
+        if not args.allow_changes:
+            refuse_changes(before, config, checkpoint)
+
+    def prepare() -> None:
+        with atomic_write(folder / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+    ranks.agree(prepare)
+    return folder
+
+
+def refuse_changes(before: dict, now: dict, checkpoint: str) -> None:
+    """Raises ValueError naming the settings and data that differ from those of the checkpoint."""
+    old, new = before.get("training", {}), now["training"]
+    changed = [
+        f"--{name.replace('_', '-')} was {old[name]!r}, is {new[name]!r}"
+        for name in SHAPING
+        if name in old and old[name] != new[name]
+    ]
+    if before.get("data") not in (None, now["data"]):
+        changed.append("the data have other images")
+    if changed:
+        raise ValueError(
+            f"{checkpoint!r} was trained otherwise: {'; '.join(changed)}; pass --allow-changes to go on all the same"
+        )
 
 
 if __name__ == "__main__":

@@ -194,7 +194,10 @@ def _inception_weights(weights: str | os.PathLike[str] | None) -> Path:
     path = Path(named) if named else Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
     if path.is_file():
         return path
-    advice = f"download {INCEPTION_URL} and pass --weights FILE or set {INCEPTION_VARIABLE}"
+    advice = (
+        f"run `python download.py inception`, or download {INCEPTION_URL} and pass --weights FILE "
+        f"or set {INCEPTION_VARIABLE}"
+    )
     if named:
         raise ValueError(f"{path}: no such file; {advice}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from runtime.download import hint, locate
 
 ALIASES = {
     "vae-ema": "stabilityai/sd-vae-ft-ema",
@@ -82,8 +83,9 @@ def load_autoencoder(
         return NoAutoencoder()
     from diffusers import AutoencoderKL
 
-    local = Path(name).is_dir()
-    source = name if local else ALIASES.get(name, name)
+    found = locate(name)
+    local = found is not None and found.is_dir()
+    source = str(found) if local else ALIASES.get(name, name)
     if not local and (name.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(
             f"autoencoder {name!r} is neither a folder, an alias ({', '.join(ALIASES)}), a hub id nor 'none'"
@@ -97,6 +99,7 @@ def load_autoencoder(
             raise ValueError(f"cannot load autoencoder {source}: {reason}") from None
         raise ValueError(
             f"autoencoder {source} is not in the hub's local cache and could not be fetched: "
-            "pass the folder of a downloaded AutoencoderKL (config.json and weights) with --vae-ckpt"
+            + (f"get it with {hint(name)}, or " if hint(name) else "")
+            + "pass the folder of a downloaded AutoencoderKL (config.json and weights) with --vae-ckpt"
         ) from None
     return Autoencoder(network).to(device)

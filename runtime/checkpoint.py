@@ -9,21 +9,28 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.files import atomic_write
+from runtime.files import atomic_write, sha256
+
+MANIFEST = "manifest.json"
 
 
-def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all; makes the folder. Raises OSError naming a path that takes none."""
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> str:
+    """Write a checkpoint whole or not at all; makes the folder; returns its sha256.
+
+    Raises OSError naming a path that takes none; what was there before stays.
+    """
     try:
         with atomic_write(path) as file:
             torch.save(dict(content), file)
+            file.flush()
+            return sha256(file.name)  # of what was written, read back before it takes its place
     except RuntimeError as error:  # torch's word for a disk that is full
         raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
@@ -37,6 +44,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path!r} does not exist")
+    check_digest(path)
     try:
         if path.endswith(".safetensors"):
             from safetensors import safe_open
@@ -91,11 +99,72 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
     module.load_state_dict(dict(weights), strict=True)
 
 
-def newest_checkpoint(results: str | os.PathLike[str], pattern: str = "*") -> Path | None:
-    """The checkpoint of the highest step in the newest run under `results` that has one, or None."""
-    runs = sorted((p for p in Path(results).glob(pattern) if p.is_dir()), key=lambda p: p.name, reverse=True)
-    for run in runs:
-        found = sorted((run / "checkpoints").glob("[0-9]*.pt"), key=lambda p: int(p.stem))
-        if found:
-            return found[-1]
+class CheckpointFolder:
+    """The checkpoints of a run, NNNNNNN.pt by step, with a manifest of their sha256.
+
+    A checkpoint counts once the manifest has it. `keep_last` keeps that many of the newest (0: all), besides those
+    whose step is a multiple of `keep_every` (0: none).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep_last: int = 0, keep_every: int = 0):
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:07d}.pt"
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256. Raises ValueError naming a manifest that cannot be read."""
+        path = self.folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no manifest of checkpoints")
+        return content
+
+    def record(self, path: Path, digest: str) -> None:
+        """Enter a checkpoint that has been written, and drop those that are no longer to be kept."""
+        digests = {**self.digests(), path.name: digest}
+        steps = sorted(int(Path(name).stem) for name in digests)
+        kept = set(steps[-self.keep_last :] if self.keep_last else steps)
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        names = {self.path(step).name for step in kept}
+        self._write({name: value for name, value in digests.items() if name in names})
+        for name in digests.keys() - names:  # after the manifest: a file that is lost was not counted any more
+            (self.folder / name).unlink(missing_ok=True)
+
+    def newest(self, warn: Callable[[str], object]) -> Path | None:
+        """The newest whole checkpoint, or None; `warn` is told of each damaged one that is passed over."""
+        digests = self.digests()
+        for name in sorted(digests, key=lambda name: int(Path(name).stem), reverse=True):
+            path = self.folder / name
+            if path.is_file() and sha256(path) == digests[name]:
+                return path
+            warn(f"checkpoint {path} is missing or damaged: passed over")
+        return None
+
+    def _write(self, digests: Mapping[str, str]) -> None:
+        with atomic_write(self.folder / MANIFEST) as file:
+            file.write(json.dumps(dict(sorted(digests.items())), indent=2).encode())
+
+
+def check_digest(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError where a checkpoint's manifest has another sha256 for it; files without one pass."""
+    path = Path(path)
+    digest = CheckpointFolder(path.parent).digests().get(path.name)
+    if digest is not None and path.is_file() and sha256(path) != digest:
+        raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: its sha256 is not the one in {MANIFEST}")
+
+
+def newest_checkpoint(
+    results: str | os.PathLike[str], pattern: str = "*", warn: Callable[[str], object] = print
+) -> Path | None:
+    """The newest whole checkpoint of the newest run under `results` that has one, or None."""
+    runs = (p for p in Path(results).glob(pattern) if p.is_dir())
+    for run in sorted(runs, key=lambda p: p.name, reverse=True):
+        if found := CheckpointFolder(run / "checkpoints").newest(warn):
+            return found
     return None

@@ -6,7 +6,9 @@ image, whether it is flipped, its noise and its times. A run resumes exactly by 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -26,6 +28,7 @@ from runtime.randomness import keyed_generator
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORDER_STREAM, SUBSET_STREAM = 1, 2  # of the keyed generator; stream 0 is a sample's own
+MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
 MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
 
 
@@ -58,6 +61,10 @@ class TrainingData(Protocol):
         """(image uint8 (C, H, W) or moments float16 (2C, h, w), class index)."""
         ...
 
+    def fingerprint(self) -> str:
+        """A sha256 that changes with the images behind the data."""
+        ...
+
 
 class ClassFolder:
     """Images in one folder per class, cropped to squares.
@@ -85,7 +92,7 @@ class ClassFolder:
         except FileNotFoundError as error:
             hint = "expected one folder of images per class, like data/cat/1.png"
             raise ValueError(f"data folder {os.fspath(root)!r}: {error}; {hint}") from None
-        self.classes = folder.classes
+        self.root, self.classes = os.fspath(root), folder.classes
         self.paths = [path for path, _ in folder.samples]
         self.folders = [target for _, target in folder.samples]  # position in `classes`
         indices = class_indices(folder.classes, num_classes, class_map)
@@ -106,6 +113,11 @@ class ClassFolder:
                 self._memory[index] = read_image(self.paths[index], self.image_size, self.channels)
             image = self._memory[index]
         return image[:, :, ::-1] if flipped else image, self.labels[index]
+
+    def fingerprint(self) -> str:
+        """A sha256 over the relative path and size of every image, in order."""
+        lines = (f"{os.path.relpath(path, self.root)}\0{os.path.getsize(path)}\n" for path in self.paths)
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 class Subset:
@@ -132,6 +144,9 @@ class Subset:
 
     def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         return self.data.read(int(self.indices[index]), flipped)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.data.fingerprint().encode() + self.indices.tobytes()).hexdigest()
 
 
 def read_image(path: str | os.PathLike[str], size: int, channels: int = 3) -> np.ndarray:
@@ -196,10 +211,17 @@ class TrainingSamples(Dataset):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The sample numbers of this rank's share of each step's global batch, from step `first` to `last`."""
+    """The sample numbers of this rank's share of each step's global batch, from step `first` to `last`.
 
-    def __init__(self, global_batch_size: int, world: World, first: int, last: int):
-        self.global_batch_size, self.share = global_batch_size, world.share(global_batch_size)
+    With `exact` the share is one of whole micro-batches.
+    """
+
+    def __init__(self, global_batch_size: int, world: World, first: int, last: int, exact: bool = False):
+        share = world.share(global_batch_size)
+        if exact:
+            micro = world.share(MICRO_BATCHES)
+            share = range(*(global_batch_size * edge // MICRO_BATCHES for edge in (micro.start, micro.stop)))
+        self.global_batch_size, self.share = global_batch_size, share
         self.first, self.last = first, last
 
     def __len__(self) -> int:
@@ -211,18 +233,39 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(
-    samples: TrainingSamples, global_batch_size: int, world: World, *, first: int, last: int, workers: int
+    samples: TrainingSamples,
+    global_batch_size: int,
+    world: World,
+    *,
+    first: int,
+    last: int,
+    workers: int,
+    exact: bool = False,
 ) -> DataLoader:
-    """Batches for the steps first..last-1 of this rank. Raises ValueError for a batch smaller than the world."""
-    if global_batch_size < world.size:
-        raise ValueError(f"global batch size {global_batch_size} is smaller than the number of ranks, {world.size}")
+    """Batches for the steps first..last-1 of this rank.
+
+    Raises ValueError for a batch smaller than the world, or in exact mode than its micro-batches.
+    """
+    least = MICRO_BATCHES if exact else world.size
+    if global_batch_size < least or (exact and world.size > MICRO_BATCHES):
+        raise ValueError(
+            f"global batch size {global_batch_size} over {world.size} ranks: needs at least {least} samples"
+            + (f" and at most {MICRO_BATCHES} ranks with --exact" if exact else "")
+        )
     return DataLoader(
         samples,
-        batch_sampler=StepSampler(global_batch_size, world, first, last),
+        batch_sampler=StepSampler(global_batch_size, world, first, last, exact),
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

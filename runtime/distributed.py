@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -66,17 +66,6 @@ class World:
         if box[1] is not None:
             sys.exit(2)
         return box[0]
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over ranks in the backward pass."""
-        if self.size == 1:
-            return module
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
-
-    def no_sync(self, module: nn.Module) -> AbstractContextManager:
-        """Within it a wrapped module keeps its gradients to itself, for all but the last of several passes."""
-        return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 @contextmanager

@@ -77,10 +77,11 @@ def find_asset(name: str, assets: Mapping[str, Asset] = ASSETS) -> str | None:
     return next((key for key, asset in assets.items() if file == asset.path), None)
 
 
-def hint(name: str) -> str | None:
-    """The command that gets a file, by its registered name or file name; None where none does."""
-    key = find_asset(name)
-    return None if key is None else f"python download.py {key}"
+def hint(*names: str) -> str | None:
+    """The command that gets files, by their registered names or file names, and from where; None where none does."""
+    keys = [key for key in map(find_asset, names) if key is not None]
+    hosts = dict.fromkeys(urlsplit(ASSETS[key].files[0].urls[0]).hostname for key in keys)
+    return f"`python download.py {' '.join(keys)}` (from {', '.join(map(str, hosts))})" if keys else None
 
 
 def locate(

@@ -11,7 +11,6 @@ damaged shards are made.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -61,6 +60,7 @@ class LatentFolder:
             )
         if image_size not in (None, plan["image_size"]):
             raise ValueError(f"{self.root} was made at image size {plan['image_size']}, not {image_size}")
+        self._dataset = plan["dataset"]
         self.image_size, self.classes, self.shard_size = plan["image_size"], plan["classes"], plan["shard_size"]
         indices = class_indices(self.classes, num_classes, class_map)
         self.labels = [indices[target] for target in plan["folders"]]
@@ -79,6 +79,9 @@ class LatentFolder:
         if shard not in self._shards:
             self._shards[shard] = self._open(shard)
         return np.array(self._shards[shard][row, int(flipped)]), self.labels[index]
+
+    def fingerprint(self) -> str:
+        return self._dataset
 
     def _open(self, shard: int) -> np.ndarray:
         path = shard_path(self.root, shard)
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {autoencoder.factor}")
         data = ClassFolder(args.source, args.image_size)
         plan = {
-            "dataset": dataset_fingerprint(Path(args.source), data),
+            "dataset": data.fingerprint(),
             "autoencoder": autoencoder.fingerprint(),
             "autoencoder_name": args.vae_ckpt,
             "image_size": args.image_size,
@@ -159,12 +162,6 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"{len(data)} images in {len(data.classes)} classes: {root}{rate}; pass it as --data-path to train.py"
             )
-
-
-def dataset_fingerprint(root: Path, data: ClassFolder) -> str:
-    """A sha256 over the relative path and size of every image, in order."""
-    lines = (f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n" for path in data.paths)
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def claim(root: Path, plan: dict[str, Any]) -> None:

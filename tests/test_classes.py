@@ -5,9 +5,11 @@ from runtime.classes import class_index, class_indices, imagenet_names
 
 @pytest.mark.parametrize(
     ("name", "index"),
-    [("207", 207), (" 0 ", 0), ("999", 999), ("golden retriever", 207), ("Golden Retriever", 207)]
-    + [("n02099601", 207), ("N02099601", 207), ("volcano", 980), ("macaw", 88), ("geyser", 974)]
-    + [("valley, vale", 979), ("vale", 979), ("tench", 0), ("toilet tissue", 999)],
+    [
+        *(("207", 207), (" 0 ", 0), ("999", 999), ("golden retriever", 207), ("Golden Retriever", 207)),
+        *(("n02099601", 207), ("N02099601", 207), ("volcano", 980), ("macaw", 88), ("geyser", 974)),
+        *(("valley, vale", 979), ("vale", 979), ("tench", 0), ("toilet tissue", 999)),
+    ],
 )
 def test_an_imagenet_class_has_many_names(name, index):
     assert class_index(name, 1000) == index
@@ -42,6 +44,8 @@ def test_a_name_of_two_classes_names_neither():
         ("retriever", 1000, "did you mean .*retriever'"),
         ("xqzwvk", 1000, "^'xqzwvk' is no ImageNet class name or index$"),
         ("", 1000, "is no ImageNet class name"),
+        ("²", 1000, "'²' is no ImageNet class name or index"),
+        ("--5", 1000, "'--5' is no ImageNet class name or index"),
     ],
 )
 def test_wrong_classes_are_refused_with_what_is_known(name, classes, message):

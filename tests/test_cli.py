@@ -69,7 +69,7 @@ def test_help_keeps_line_breaks_and_shows_defaults_worth_showing(capsys):
         (
             ValueError(
                 "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                '  File "a.py", line 1\nValueError: cannot read image \'x: y.png\': broken\n'
+                "  File \"a.py\", line 1\nValueError: cannot read image 'x: y.png': broken\n"
             ),
             "cannot read image 'x: y.png': broken",
         ),

@@ -30,7 +30,20 @@ def adm_crop(picture, size):
     return array[top : top + size, left : left + size]
 
 
-SIZES = [(16, 16), (17, 16), (16, 33), (64, 64), (63, 101), (100, 31), (5, 3), (1, 1), (1, 9), (250, 20), (31, 32), (33, 47)]
+SIZES = [
+    (16, 16),
+    (17, 16),
+    (16, 33),
+    (64, 64),
+    (63, 101),
+    (100, 31),
+    (5, 3),
+    (1, 1),
+    (1, 9),
+    (250, 20),
+    (31, 32),
+    (33, 47),
+]
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -132,9 +145,10 @@ def test_a_damaged_image_is_named_wherever_it_breaks(tmp_path):
             try:
                 read_image(path, 8)
             except ValueError as error:
-                refused += 1
-                assert f"cannot read image '{path}'" in str(error)
-        assert refused > len(whole) // 20
+                refused += f"cannot read image '{path}'" in str(error)
+            else:
+                refused += length > len(whole) - 24  # what is cut off is not part of the picture
+        assert refused == len(range(0, len(whole), 7))
 
 
 def test_a_picture_too_large_to_be_meant_is_refused(tmp_path, monkeypatch):
@@ -204,7 +218,15 @@ def same(a, b):
 
 def test_a_sample_depends_on_seed_and_number_alone(data):
     whole = samples_of(data).__getitems__(range(30))
-    assert [tuple(v.shape) for v in whole] == [(30, 3, 8, 8), (30,), (30, 2, 4, 4), (30, 2, 4, 4), (30,), (30,), (30,)]
+    assert [tuple(v.shape) for v in whole] == [
+        (30, 3, 8, 8),
+        (30,),
+        (30, 2, 4, 4),
+        (30, 2, 4, 4),
+        (30,),
+        (30,),
+        (30,),
+    ]
     assert [v.dtype for v in whole] == [torch.uint8, torch.int64] + [torch.float32] * 5
     for number in (0, 13, 29):
         assert same(samples_of(data).__getitems__([number]), Batch(*(v[number : number + 1] for v in whole)))
@@ -260,11 +282,14 @@ def test_the_ranks_share_each_global_batch(data, ranks):
 
 def test_batches_know_neither_workers_nor_where_the_run_started(data):
     reference = batches(data, 5, last=4)
-    for other in (batches(data, 5, last=4, workers=2), batches(data, 5, first=0, last=2) + batches(data, 5, 0, 1, 2, 4)):
+    for other in (
+        batches(data, 5, last=4, workers=2),
+        batches(data, 5, first=0, last=2) + batches(data, 5, 0, 1, 2, 4),
+    ):
         assert len(other) == 4
         assert all(same(a, b) for a, b in zip(other, reference))
 
 
 def test_more_ranks_than_samples_are_refused(data):
-    with pytest.raises(ValueError, match="global batch size 2 is smaller than the number of ranks, 3"):
+    with pytest.raises(ValueError, match="global batch size 2 over 3 ranks: needs at least 3 samples"):
         batches(data, 2, 0, 3)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from runtime.distributed import World, pick_device, world
 
@@ -24,11 +23,8 @@ def test_one_process_is_a_world_of_its_own(monkeypatch):
         assert ranks.agree(lambda: {"a": 1}) == {"a": 1}
         with pytest.raises(KeyError):
             ranks.agree(lambda: {}["missing"])
-        value, module = torch.ones(2), nn.Linear(1, 1)
-        assert torch.equal(ranks.sum(value), torch.ones(2))
-        assert ranks.wrap(module) is module
-        with ranks.no_sync(module):
-            ranks.barrier()
+        assert torch.equal(ranks.sum(torch.ones(2)), torch.ones(2))
+        ranks.barrier()
 
 
 def test_auto_is_what_the_machine_has():
@@ -42,7 +38,9 @@ def test_an_unknown_device_is_refused(device):
         pick_device(device)
 
 
-@pytest.mark.parametrize(("device", "local_rank", "index"), [("cuda:99", None, 99), ("cuda", 99, 99), ("cuda:0", 99, 99)])
+@pytest.mark.parametrize(
+    ("device", "local_rank", "index"), [("cuda:99", None, 99), ("cuda", 99, 99), ("cuda:0", 99, 99)]
+)
 def test_a_device_that_is_not_there_is_refused(device, local_rank, index):
     with pytest.raises(ValueError, match=rf"\(index {index}\) is not there: this machine has \d+ CUDA devices"):
         pick_device(device, local_rank)
@@ -65,12 +63,7 @@ def main():
     with world("cpu", timeout=timedelta(seconds=30)) as ranks:
         value = ranks.agree(lambda: ranks.rank + 41)
         total = ranks.sum(torch.tensor([ranks.rank + 1.0])).item()
-        torch.manual_seed(0)
-        module = ranks.wrap(torch.nn.Linear(2, 1))
-        with ranks.no_sync(module):
-            module(torch.full((1, 2), 10.0 * ranks.rank)).sum().backward()
-        module(torch.ones(1, 2)).sum().backward()
-        print(f"rank {ranks.rank} of {ranks.size}: {value} {total} {module.module.weight.grad[0, 0].item()}", flush=True)
+        print(f"rank {ranks.rank} of {ranks.size}: {value} {total}", flush=True)
         ranks.barrier()
         ranks.agree(lambda: int(sys.argv[1]))  # ValueError on rank 0
 
@@ -82,6 +75,6 @@ def test_two_ranks_agree_and_a_mistake_is_told_once(python, tmp_path):
     (tmp_path / "script.py").write_text(RANKS)
     done = python(tmp_path / "script.py", "wrong", ranks=2)
     for rank in range(2):
-        assert f"rank {rank} of 2: 41 3.0 6.0" in done.stdout  # the gradient is the mean of 1 and 1 + 10
+        assert f"rank {rank} of 2: 41 3.0\n" in done.stdout
     assert done.returncode != 0
     assert done.stderr.count("script.py: error: invalid literal") == 1

@@ -22,7 +22,7 @@ from models import SiT
 from refiner import VelocityRefiner
 from runtime import download as mechanism
 from runtime.autoencoder import ALIASES
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from runtime.download import Terms, fetch, hint, locate
 from runtime.registry import ASSETS, Asset, RemoteFile
 
@@ -521,8 +521,10 @@ def test_locate_and_hint(tmp_path, monkeypatch):
     Path(name).touch()
     assert locate(name) == Path(name)
     assert locate("unknown.pt") is None
-    assert hint(name) == hint(f"/some/where/{name}") == "python download.py sit-xl-2-256"
-    assert hint("vae-ema") == hint("sd-vae-ft-ema") == "python download.py vae-ema"
+    assert hint(name) == hint(f"/some/where/{name}") == "`python download.py sit-xl-2-256` (from huggingface.co)"
+    assert hint("vae-ema") == hint("sd-vae-ft-ema") == "`python download.py vae-ema` (from huggingface.co)"
+    both = hint(name, "mine.pt", "SiT-XL-2-Refiner.pt")
+    assert both.startswith("`python download.py sit-xl-2-256 sit-xl-2-refiner` (from huggingface.co, cloud.")
     assert hint("mine.pt") is None
 
 
@@ -554,9 +556,7 @@ def test_what_sample_py_wants_is_registered():
     parser = download.cli.new_parser("")
     pipeline.add_network_flags(parser)
     wanted = [parser.get_default(name) for name in ("predictor_ckpt", "refiner_ckpt", "vae_ckpt")]
-    assert [hint(name) for name in wanted] == [
-        f"python download.py {name}" for name in ("sit-xl-2-256", "sit-xl-2-refiner", "vae-ema")
-    ]
+    assert [mechanism.find_asset(name) for name in wanted] == ["sit-xl-2-256", "sit-xl-2-refiner", "vae-ema"]
 
 
 def test_the_list(tmp_path, capsys):
@@ -611,7 +611,8 @@ def run(refiner, predictor, tmp_path):
     }
     for step in (5, 40):
         content = {"model": predictor.state_dict(), "ema": refiner.state_dict(), "opt": {}, "step": step}
-        save_checkpoint(folder / "checkpoints" / f"{step:07d}.pt", {**content, "config": config})
+        path = folder / "checkpoints" / f"{step:07d}.pt"
+        CheckpointFolder(path.parent).record(path, save_checkpoint(path, {**content, "config": config}))
     return folder
 
 

@@ -115,7 +115,7 @@ class FakeInception:
 
 
 def test_stored_statistics_take_precedence(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator, "make_extractor", lambda *_: FakeInception())
+    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: FakeInception())
     images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     stored = {"mu": np.full(3, 9.0), "sigma": np.eye(3), "mu_s": np.full(2, 5.0), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "reference.npz", arr_0=images[:20], **stored)

@@ -12,7 +12,14 @@ from torch import nn
 import pipeline
 from models import SiT
 from refiner import VelocityRefiner
-from runtime.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint, weights_of
+from runtime.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
+    weights_of,
+)
 from runtime.files import atomic_write, exclusive, sha256
 from runtime.samples import SampleFolder, read_archive
 
@@ -35,9 +42,14 @@ def test_a_file_appears_whole_and_alone(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"new")
-        raise error("stop")
+
+    def fail():
+        with atomic_write(path) as file:
+            file.write(b"new")
+            raise error("stop")
+
+    with pytest.raises(error):
+        fail()
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
 
@@ -58,12 +70,13 @@ def test_a_read_only_folder_is_named(tmp_path):
         save_checkpoint(tmp_path / "a.pt", {})
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
-    with pytest.raises(OSError, match=r"^cannot write '.*a\.pt': write failed$"):
-        save_checkpoint(tmp_path / "a.pt", {})
-    assert names(tmp_path) == []
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", {"step": 1})
+    monkeypatch.setattr("runtime.files.os.fsync", lambda _: exec("raise OSError(28, 'No space left on device')"))
+    with pytest.raises(OSError, match=r"^cannot write '.*a\.pt': No space left on device$"):
+        save_checkpoint(tmp_path / "a.pt", {"step": 2})
+    assert load_checkpoint(tmp_path / "a.pt") == {"step": 1}
+    assert names(tmp_path) == ["a.pt"]
 
 
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
@@ -146,16 +159,15 @@ def test_a_damaged_checkpoint_is_named_wherever_it_ends_or_breaks(tmp_path, new_
         broken = bytearray(whole)
         broken[position] ^= 1 << random.integers(8)
         stumps.append(bytes(broken))
-    refused = 0
+    refused = []
     for stump in stumps:
         path.write_bytes(stump)
         try:
             load_checkpoint(path)  # a bit of a weight or of padding may flip unseen
         except ValueError as error:
-            refused += 1
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-    assert refused > 150
+            refused.append(str(error))
+    assert len(refused) > 150
+    assert all(str(path) in message and "\n" not in message for message in refused)
 
 
 def zip_of_garbage(path):
@@ -209,7 +221,10 @@ def test_weights_of_another_network_are_listed():
     module = nn.Linear(3, 2)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     cases = {
-        r"'a\.pt' does not fit this Linear: no bias; unknown extra": {"weight": torch.ones(2, 3), "extra": torch.ones(1)},
+        r"'a\.pt' does not fit this Linear: no bias; unknown extra": {
+            "weight": torch.ones(2, 3),
+            "extra": torch.ones(1),
+        },
         r"weight is \(2, 2\), expected \(2, 3\)": {"weight": torch.ones(2, 2), "bias": torch.ones(2)},
         "bias is not finite": {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, torch.nan])},
         "weight is not finite": {"weight": torch.full((2, 3), torch.inf), "bias": torch.ones(2)},
@@ -222,21 +237,34 @@ def test_weights_of_another_network_are_listed():
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step_of_the_last_run(tmp_path):
-    def touch(*paths):
-        for path in paths:
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).touch()
+    def make(run, *steps):
+        folder = CheckpointFolder(tmp_path / run / "checkpoints")
+        for step in steps:
+            folder.record(folder.path(step), save_checkpoint(folder.path(step), {"step": step}))
 
+    def newest(pattern="*"):
+        found = newest_checkpoint(tmp_path, pattern, warnings.append)
+        return found and (found.parent.parent.name, int(found.stem))
+
+    warnings = []
     assert newest_checkpoint(tmp_path / "none") is None
-    assert newest_checkpoint(tmp_path) is None
-    touch("000-refiner-a/checkpoints/0000900.pt", "000-refiner-a/checkpoints/10000000.pt")
-    touch("001-refiner-a/checkpoints/0000009.pt", "001-refiner-a/checkpoints/0000010.pt")
-    touch("001-refiner-a/checkpoints/notes.pt", "002-predictor-a/checkpoints/0000001.pt")
+    assert newest() is None
+    make("000-refiner-a", 900, 10_000_000)
+    make("001-refiner-a", 9, 10)
+    make("002-predictor-a", 1)
     (tmp_path / "003-refiner-a" / "checkpoints").mkdir(parents=True)  # stopped before its first checkpoint
-    assert newest_checkpoint(tmp_path, "[0-9]*-refiner-a") == tmp_path / "001-refiner-a/checkpoints/0000010.pt"
-    assert newest_checkpoint(tmp_path) == tmp_path / "002-predictor-a/checkpoints/0000001.pt"
-    touch("999-refiner-a/checkpoints/1.pt", "1000-refiner-a/checkpoints/2.pt")
-    assert newest_checkpoint(tmp_path, "[0-9]*-refiner-a") == tmp_path / "1000-refiner-a/checkpoints/2.pt"
+    assert newest("[0-9]*-refiner-a") == ("001-refiner-a", 10)
+    assert newest() == ("002-predictor-a", 1)
+    assert warnings == []
+    (tmp_path / "001-refiner-a/checkpoints/0000010.pt").write_bytes(b"damaged")
+    assert newest("[0-9]*-refiner-a") == ("001-refiner-a", 9)
+    assert "0000010.pt is missing or damaged" in warnings[0]
+    with pytest.raises(ValueError, match=r"0000010\.pt' is damaged"):
+        load_checkpoint(tmp_path / "001-refiner-a/checkpoints/0000010.pt")
+    (tmp_path / "000-refiner-a/checkpoints/10000000.pt").unlink()
+    make("999-refiner-a", 1)
+    make("1000-refiner-a", 2)
+    assert newest("[0-9]*-refiner-a") == ("1000-refiner-a", 2)
 
 
 # ---- networks from checkpoints

@@ -17,8 +17,10 @@ def test_bytes_survive_the_way_to_floats_and_back():
 
 @pytest.mark.parametrize(
     ("value", "byte"),
-    [(-1, 0), (1, 255), (-5, 0), (5, 255), (-1 + 0.99 / 255, 0), (-1 + 1.01 / 255, 1), (1 - 0.99 / 255, 255)]
-    + [(1 - 1.01 / 255, 254), (float("inf"), 255), (-float("inf"), 0)],
+    [
+        *((-1, 0), (1, 255), (-5, 0), (5, 255), (float("inf"), 255), (-float("inf"), 0)),
+        *((-1 + 0.99 / 255, 0), (-1 + 1.01 / 255, 1), (1 - 0.99 / 255, 255), (1 - 1.01 / 255, 254)),
+    ],
 )
 def test_floats_are_rounded_to_the_nearest_byte(value, byte):
     assert to_uint8(torch.full((1, 1, 1, 1), value)).item() == byte

@@ -72,7 +72,9 @@ def test_the_pictures_are_what_the_sampler_computes(draw, pixel_models, batch):
     from runtime.randomness import keyed_noise
     from transport import FlowTurbo
 
-    out, _ = draw("--schedule", "H1P2R1", "--classes", 3, 7, "--seed", 5, "--cfg-scale", 2, "--refiner-step", "single")
+    out, _ = draw(
+        "--schedule", "H1P2R1", "--classes", 3, 7, "--seed", 5, "--cfg-scale", 2, "--refiner-step", "single"
+    )
     networks = pipeline.load_network(SiT, pixel_models[1]), pipeline.load_network(VelocityRefiner, pixel_models[3])
     sampler = FlowTurbo(*networks, "H1P2R1", 2.0, "single")
     images = to_uint8(sampler.sample(keyed_noise(5, range(2), (3, 8, 8)), torch.tensor([3, 7])))
@@ -159,7 +161,7 @@ def test_imagenet_classes_have_names_and_the_originals_are_the_default(save_netw
     eight, _ = draw(models=models)
     listed, _ = draw("--classes", 207, 980, 387, 974, 88, 972, 928, 279, models=models)
     assert np.array_equal(pixels(eight), pixels(listed))
-    with pytest.raises(ValueError, match="did you mean .*'golden retriever'"):
+    with pytest.raises(ValueError, match=r"did you mean .*'golden retriever'"):
         draw("--classes", "golden retriver", models=models)
 
 
@@ -178,7 +180,10 @@ def test_the_file_is_named_after_the_settings(pixel_models, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     sample.main([*pixel_models, "--schedule", "[h1]x2", "--cfg-scale", "1.5", "--seed", "3", "--device", "cpu"])
     sample.main([*pixel_models, "--compare", "H1", "E1", "--num-images", "2", "--device", "cpu"])
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"_h1_x2-cfg1.5-seed3.png", "H1-vs-E1-cfg4-seed0.png"}
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {
+        "_h1_x2-cfg1.5-seed3.png",
+        "H1-vs-E1-cfg4-seed0.png",
+    }
 
 
 @pytest.mark.parametrize(
@@ -246,13 +251,11 @@ def test_networks_that_do_not_fit_are_refused(save_network, pixel_models, vae_fo
     refused("the autoencoder has 4 latent channels, the predictor 3", "--vae-ckpt", vae_folder)
     free = save_network(tmp_path / "c", SiT, in_channels=3, class_dropout_prob=0.0)
     refused("no null class to guide with: pass --cfg-scale 1", "--predictor-ckpt", free)
-    sample.main(
-        [*pixel_models, "--predictor-ckpt", str(free), "--cfg-scale", "1", "--device", "cpu", "--schedule", "H1P1R1"]
-        + ["--out", str(tmp_path / "out.png")]
-    )
+    flags = ["--predictor-ckpt", free, "--cfg-scale", 1, "--schedule", "H1P1R1", "--out", tmp_path / "out.png"]
+    sample.main([*pixel_models, "--device", "cpu", *map(str, flags)])
 
 
 def test_a_place_that_takes_no_file_is_named(pixel_models, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot write '.*a.png'"):
+    with pytest.raises(OSError, match=r"cannot write '.*a\.png'"):
         sample.main([*pixel_models, "--device", "cpu", "--schedule", "E1", "--out", str(tmp_path / "file" / "a.png")])

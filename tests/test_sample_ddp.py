@@ -1,10 +1,13 @@
 import hashlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 import sample_ddp_feature as ddp
 from evaluation import FeatureSet, GaussianStatistics, ImageArchive, extract, make_extractor
 from runtime.files import exclusive
-from runtime.samples import SampleFolder, read_archive
+from runtime.samples import read_archive
 
 SETTINGS = ["--device", "cpu", "--schedule", "H1P2R1", "--per-proc-batch-size", "4"]
 COUNT = 18  # not a multiple of 4: five micro-batches, the last half full
@@ -102,7 +105,9 @@ def test_the_evaluator_reads_both_files(reference, tmp_path):
 
     folder, _ = reference
     report = tmp_path / "report.json"
-    evaluator.main([str(folder / "a.npz"), str(folder / "a-features.npz"), "--json", str(report), "--extractor", "pixels"])
+    evaluator.main(
+        [str(folder / "a.npz"), str(folder / "a-features.npz"), "--json", str(report), "--extractor", "pixels"]
+    )
     assert json.loads(report.read_text())["metrics"]["FID"]["value"] == pytest.approx(0, abs=1e-6)
 
 
@@ -128,7 +133,9 @@ def test_sample_i_is_what_the_sampler_makes_of_seed_and_i(reference, pixel_model
 # ---- ranks
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_the_number_of_ranks_changes_no_byte(reference, python, tmp_path, ranks):
     folder, flags = reference
     done = python("sample_ddp_feature.py", *flags, "--sample-dir", tmp_path, ranks=ranks)
@@ -142,52 +149,33 @@ def test_the_number_of_ranks_changes_no_byte(reference, python, tmp_path, ranks)
     for x, y in zip(a.pool_statistics, b.pool_statistics):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
     assert done.stdout.count(f"{COUNT} images: ") == 1
-    with pytest.raises(ValueError, match="was made with seed 0, not 1"):  # in this process: the settings agree on all else
+    with pytest.raises(
+        ValueError, match="was made with seed 0, not 1"
+    ):  # in this process: the settings agree on all else
         ddp.main([*flags, "--sample-dir", str(tmp_path), "--seed", "1"])
     assert ddp.main([*flags, "--sample-dir", str(tmp_path)]).ms_per_image == 0
 
 
-def test_a_share_of_each_rank_adds_up(draw, tmp_path, monkeypatch):
-    """Three ranks one after the other, in this process: each makes its own micro-batches and no other."""
+def test_each_rank_makes_its_share_and_no_more(draw, tmp_path, monkeypatch):
+    """Three ranks one after the other, in this process."""
     whole = images_of(draw(tag="whole"))
-    folder = SampleFolder(tmp_path / "parts", COUNT, 4)
-    calls = []
-    original = ddp.sample_batch
-    monkeypatch.setattr(ddp, "sample_batch", lambda *a: calls.append(a[2]) or original(*a))
-    made = {}
-
-    class Rank(ddp.World):
-        def barrier(self):
-            pass
-
+    made = interrupt_after(monkeypatch, 99)
+    monkeypatch.setattr(ddp.World, "barrier", lambda self: None)
+    monkeypatch.setattr(ddp.World, "agree", lambda self, function: function())
+    shares = {}
     for rank in (2, 0, 1):
-        calls.clear()
-        monkeypatch.setattr(ddp, "world", lambda *_, rank=rank, **__: pretend(Rank(rank, rank, 3, torch.device("cpu"))))
-        monkeypatch.setattr(ddp, "merge_statistics", lambda *_: {})
-        monkeypatch.setattr(Rank, "agree", lambda self, function: function() if self.is_main else agreed(function))
-        try:
+        ranks = ddp.World(rank, rank, 3, torch.device("cpu"))
+        monkeypatch.setattr(ddp, "world", lambda *_, ranks=ranks, **__: nullcontext(ranks))
+        made.clear()
+        with suppress(OSError):  # the archive waits for the others
             draw(tag="parts")
-        except OSError as error:  # rank 0 misses what rank 1 has not made yet
-            assert "is missing or damaged" in str(error)
-        made[rank] = [numbers.start for numbers in calls]
-    assert made == {0: [0, 12], 1: [4, 16], 2: [8]}
-    folder.write_archive()
-    assert np.array_equal(read_archive(folder.archive), whole)
+        shares[rank] = list(made)
+    assert shares == {0: [0, 12], 1: [4, 16], 2: [8]}
+    assert np.array_equal(images(tmp_path, "parts"), whole)
 
 
 def images_of(summary):
     return read_archive(summary.archive)
-
-
-def agreed(function):
-    result = function()
-    return result
-
-
-def pretend(ranks):
-    from contextlib import nullcontext
-
-    return nullcontext(ranks)
 
 
 # ---- interruptions
@@ -271,43 +259,65 @@ def test_an_output_that_was_lost_or_changed_is_made_again(reference, draw, tmp_p
     assert digests(tmp_path) == before
 
 
-def kill_and_finish(flags, folder, kills, ranks, seed):
-    """Start the run so many times and kill it, all ranks at once, at random moments; then let it finish."""
-    moments = random.Random(seed)
+def family(pid):
+    """A process and its descendants: torchrun's workers have sessions of their own."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(entry.parent.name)] = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def kill_and_finish(flags, folder, kills, ranks):
+    """Start the run so many times and kill it, all ranks at once, at random moments; then let it finish.
+
+    Returns how many micro-batches were there after each kill that met a run at work.
+    """
+    moments = random.Random(0)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     command = [sys.executable, *launcher, ddp.__file__, *flags, "--sample-dir", str(folder)]
-    started = 0
-    for attempt in range(kills + 1):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-        if attempt == kills:
-            assert process.wait(timeout=300) == 0
-            return started
-        deadline = time.monotonic() + 60
-        while not (folder / "a" / "batches").exists() and time.monotonic() < deadline:  # the import takes seconds
-            time.sleep(0.02)
-        wait_for = moments.random() * (0.6 if attempt < 1 else 6)
-        while process.poll() is None and wait_for > 0:
-            time.sleep(0.02)
-            wait_for -= 0.02
-        started += process.poll() is None
-        subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], stderr=subprocess.DEVNULL)
-        process.wait()
-    return started
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    batches, progress = folder / "a" / "batches", []
+
+    def made():
+        return len(list(batches.glob("[0-9]*.npz"))) if batches.exists() else 0
+
+    for _ in range(kills):
+        before = made()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+        while made() == before and process.poll() is None:  # the imports take seconds
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            progress.append(made())
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return progress
 
 
-def long_flags(flags):
-    """Enough micro-batches that a kill meets a run in the middle: a second or so of sampling."""
-    return [*flags, "--num-fid-samples", "802", "--schedule", "H10", "--per-proc-batch-size", "4"]
+def long_flags(flags, count):
+    """Enough micro-batches that a kill meets a run at work."""
+    return [*flags, "--num-fid-samples", str(count), "--schedule", "H10", "--per-proc-batch-size", "2"]
 
 
-@pytest.mark.parametrize(("kills", "ranks"), [(2, 0), pytest.param(20, 2, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_no_byte(reference, tmp_path, kills, ranks):
-    flags = long_flags(reference[1])
+@pytest.mark.parametrize(
+    ("kills", "ranks", "count"), [(1, 0, 101), pytest.param(20, 2, 1001, marks=pytest.mark.slow)]
+)
+def test_kills_at_random_moments_change_no_byte(reference, tmp_path, kills, ranks, count):
+    flags = long_flags(reference[1], count)
     ddp.main([*flags, "--sample-dir", str(tmp_path / "whole")])
-    assert kill_and_finish(flags, tmp_path / "killed", kills, ranks, seed=kills) >= 1
+    progress = kill_and_finish(flags, tmp_path / "killed", kills, ranks)
+    assert len(progress) == kills  # every one met a run at work
+    assert 0 < progress[0] <= progress[-1] < count / 2
     ours, theirs = digests(tmp_path / "killed"), digests(tmp_path / "whole")
     names = [name for name in theirs if "settings" not in name and (ranks < 2 or "features" not in name)]
-    assert len(names) > 800
+    assert len(names) > count
     assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
 
 
@@ -332,7 +342,9 @@ def test_labels_are_drawn_by_key_or_in_turn(draw, monkeypatch):
     many = torch.tensor([ddp.label_of(3, i, 10, "random") for i in range(2000)]).bincount()
     assert len(many) == 10
     assert 140 < many.min() <= many.max() < 260
-    assert [ddp.label_of(3, i, 10, "random") for i in range(50)] != [ddp.label_of(4, i, 10, "random") for i in range(50)]
+    assert [ddp.label_of(3, i, 10, "random") for i in range(50)] != [
+        ddp.label_of(4, i, 10, "random") for i in range(50)
+    ]
 
 
 @pytest.mark.parametrize(

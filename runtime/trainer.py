@@ -1,0 +1,187 @@
+"""The update of a training run: gradients over all ranks, optimizer, EMA; and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, weights_of
+from runtime.data import MICRO_BATCHES, Batch
+from runtime.distributed import World
+
+
+@dataclass
+class State:
+    """Everything that the next step depends on besides the arguments of the run."""
+
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    @classmethod
+    def new(cls, model: nn.Module, device: torch.device, lr: float, weight_decay: float, fp16: bool) -> State:
+        """The state before the first step: the EMA is a copy, AdamW trains what requires gradients."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        fused = device.type in ("cuda", "cpu")
+        return cls(
+            model.train(),
+            deepcopy(model).requires_grad_(False).eval(),
+            torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused),
+            torch.amp.GradScaler(device.type, enabled=fp16),
+        )
+
+    def save(self, path: Path, config: dict[str, Any]) -> str:
+        """Write a checkpoint with the run's config (JSON types), whole or not at all; returns its sha256."""
+        content = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "config": config,
+        }
+        return save_checkpoint(path, content)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over a checkpoint; returns its config. Raises ValueError for weights alone, or another network's."""
+        content = load_checkpoint(path)
+        if not {"model", "ema", "opt", "step"} <= content.keys():
+            raise ValueError(f"checkpoint {str(path)!r} holds weights only: --resume needs one written by train.py")
+        load_weights(self.model, weights_of(content, path, prefer_ema=False), path)
+        load_weights(self.ema, weights_of(content, path), path)
+        self.optimizer.load_state_dict(content["opt"])
+        if content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.step = int(content["step"])
+        return content.get("config", {})
+
+
+class Update(NamedTuple):
+    """What one update tells: the mean loss and gradient norm over all ranks, and whether any rank asks to stop."""
+
+    loss: float
+    norm: float
+    stop: bool
+
+
+def update(
+    state: State,
+    ranks: World,
+    batch: Batch,
+    loss_of: Callable[[Batch], Tensor],
+    *,
+    global_batch_size: int,
+    lr: float,
+    clip: float | None,
+    ema_decay: float,
+    passes: int = 1,
+    exact: bool = False,
+    stop: bool = False,
+) -> Update:
+    """One step on this rank's share of the global batch; loss_of gives the loss of each sample (n,).
+
+    The gradient is that of the mean over the global batch, however unequal the shares. It crosses ranks in one
+    all-reduce of one flat vector: buckets that adapt to the first step, as DistributedDataParallel's, would make a
+    resumed run differ in the last bits. With `exact` the bits do not even depend on the number of ranks: fixed
+    micro-batches, whose gradients are added in a fixed order.
+    Raises FloatingPointError before the update, on every rank, where loss or gradient is not finite.
+    """
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+
+    def gradient(part: Batch) -> Tensor:
+        """Flat gradient, loss and stop flag of a part of the global batch; adds to the parameters' gradients."""
+        loss = loss_of(part).sum() / global_batch_size
+        state.scaler.scale(loss).backward()
+        flat = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+        return torch.cat([*flat, loss.detach()[None], loss.new_full((1,), float(stop))])
+
+    if exact:
+        total = _exact_sum(ranks, batch, global_batch_size, gradient, state.optimizer)
+    else:
+        losses = torch.zeros((), device=ranks.device)
+        for part in split(batch, passes):
+            flat = gradient(part)
+            losses = losses + flat[-2]
+        flat[-2] = losses
+        total = ranks.sum(flat)
+    _write_gradients(parameters, total)
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    loss, stops = total[-2:].tolist()
+    if not math.isfinite(loss) or not (state.scaler.is_enabled() or torch.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {state.step + 1}: the loss is {loss} and its gradient's norm {norm.item()}; stopped before the "
+            "update (lower --lr, set --clip-grad or --warmup, or take --precision fp32)"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    update_ema(state.ema, state.model, min(ema_decay, state.step / (state.step + 9)))
+    return Update(loss, norm.item(), stops > 0)
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in at most `parts` pieces of about equal size."""
+    rows = len(batch.labels)
+    size = max(1, math.ceil(rows / parts))
+    return [Batch(*(value[start : start + size] for value in batch)) for start in range(0, rows, size)]
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay·ema + (1 - decay)·model, all weights in one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def _exact_sum(
+    ranks: World,
+    batch: Batch,
+    global_batch_size: int,
+    gradient: Callable[[Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Tensor:
+    """The sum of the flat gradients of all micro-batches, in their order.
+
+    Each rank fills its own rows of a table of zeros; adding zeros changes no bit, so one all-reduce gathers them.
+    """
+    rows: dict[int, Tensor] = {}
+    start = 0
+    for micro in ranks.share(MICRO_BATCHES):
+        size = len(micro_batch(micro, global_batch_size))
+        if size:
+            rows[micro] = gradient(Batch(*(value[start : start + size] for value in batch)))
+            optimizer.zero_grad(set_to_none=True)
+        start += size
+    width = sum(p.numel() for group in optimizer.param_groups for p in group["params"]) + 2
+    table = torch.zeros(MICRO_BATCHES, width, device=ranks.device)
+    for micro, row in rows.items():
+        table[micro] = row
+    ranks.sum(table)
+    total = table[0].clone()
+    for row in table[1:]:
+        total += row
+    return total
+
+
+def micro_batch(micro: int, global_batch_size: int) -> range:
+    """The positions in the global batch of micro-batch number `micro` of the exact mode."""
+    return range(global_batch_size * micro // MICRO_BATCHES, global_batch_size * (micro + 1) // MICRO_BATCHES)
+
+
+def _write_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()

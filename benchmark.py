@@ -4,8 +4,9 @@ Usage:
   python benchmark.py --train                   # SiT-XL/2 as the teacher, Stable Diffusion's autoencoder
   python benchmark.py --train --depth 4 --batch-size 2 --json train.json
 
-Weights are random. Both variants run the update of train.py itself, in turn, in one process. On a CPU the clock is the process time of
-one thread, which other programs disturb least; on a GPU it is the wall clock between synchronisations.
+Weights are random. Both variants run the update of train.py itself, in turn, in one process. On a CPU the clock is
+the process time of one thread, which other programs disturb least; on a GPU it is the wall clock between
+synchronisations.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ def table(results: list[Result]) -> str:
         distance = f"{r.distance:.3f} ± {r.error:.3f}"
         lines.append(
             f"{r.name:<20}{r.evaluations[0]:>10}{r.evaluations[1]:>9}{r.ms_per_image:>10.2f}{distance:>17}"
-            f"{r.accuracy:>15.1%}"
+            f"{r.accuracy:>16.1%}"
         )
     return "\n".join(lines)
 

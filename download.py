@@ -13,7 +13,6 @@ From Python:
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ import pipeline
 from models import SiT
 from refiner import VelocityRefiner
 from runtime import cli
-from runtime.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, weights_of
+from runtime.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint, weights_of
 from runtime.download import CACHE_VARIABLE, cache_folder, fetch, locate, progress
 from runtime.files import atomic_write, sha256
 from runtime.registry import ASSETS, Asset
@@ -185,7 +184,7 @@ def export(run: str, out: str, dtype: torch.dtype) -> Path:
     folder = Path(run).resolve()
     checkpoint = Path(run)
     if folder.is_dir():
-        found = newest_checkpoint(folder.parent, glob.escape(folder.name))
+        found = CheckpointFolder(folder / "checkpoints").newest(print)
         if found is None:
             raise ValueError(f"run {run!r} has no checkpoint; expected {folder / 'checkpoints'}/NUMBER.pt")
         checkpoint = found

@@ -57,7 +57,7 @@ class SiT(nn.Module):
     ):
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
+        if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"input_size {height}x{width} is not a multiple of patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")

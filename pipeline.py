@@ -42,16 +42,19 @@ def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Net
     path = str(found or path)
     content = load_checkpoint(path)
     weights = weights_of(content, path, prefer_ema)
-    config = dict(content.get("config", {}).get("model", {}))
-    name = config.pop("class", kind.__name__)
-    if name != kind.__name__:
-        raise ValueError(f"checkpoint {path!r} holds a {name}, expected a {kind.__name__}")
     try:
+        config = dict(content.get("config", {}).get("model", {}))
+        name = config.pop("class", kind.__name__)
+        if name != kind.__name__:
+            raise ValueError(f"it holds a {name}, expected a {kind.__name__}")
+        if config.get("depth", 1) > len(weights):  # a block has many weights; building it would take forever
+            raise ValueError(f"its config has {config['depth']} blocks, its weights have not")
         with torch.device("meta"):  # no time for an initialisation that is overwritten
             network = kind(**(config or config_from_state(weights, kind.images_in)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path!r}: {error}") from None
-    network = network.to_empty(device="cpu")
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint {path!r} makes no network, by its config: {cli.one_line(error)}"
+        ) from None
     load_weights(network, weights, path)
     return network.eval().requires_grad_(False)
 
@@ -157,13 +160,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> Non
     group.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance of dopri5")
     group.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance of dopri5")
     group.add_argument("--diffusion", choices=tuple(DIFFUSIONS), default="sigma", help="diffusion term of the SDE")
-    group.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
+    group.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed and i alone")
 
 
 def guidance_of(args: argparse.Namespace) -> Guidance:
     """The guidance that the sampling flags ask for. Raises ValueError for impossible values."""
     channels = args.cfg_channels
-    if channels != "all" and not channels.isdigit():
+    if channels != "all" and not re.fullmatch("[0-9]+", channels):
         raise ValueError(f"--cfg-channels {channels!r} must be 'all' or a number")
     return Guidance(args.cfg_scale, channels if channels == "all" else int(channels), tuple(args.cfg_interval))
 

@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(cli.hyphenate(argv))
-    if args.batch_size < 1 or (args.num_images is not None and args.num_images < 1) or args.seed < 0:
-        parser.error("--batch-size and --num-images must be at least 1, --seed at least 0")
+    if args.batch_size < 1 or (args.num_images is not None and args.num_images < 1):
+        parser.error("--batch-size and --num-images must be at least 1")
     if args.out and Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out {args.out!r} must end in .png")
     pipeline.guidance_of(args)

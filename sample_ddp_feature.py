@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> Summary:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(cli.hyphenate(argv))
-    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1 or args.seed < 0:
-        parser.error("--num-fid-samples and --per-proc-batch-size must be at least 1, --seed at least 0")
+    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1:
+        parser.error("--num-fid-samples and --per-proc-batch-size must be at least 1")
     if args.features and args.num_fid_samples < 2:
         parser.error("--features needs at least 2 images")
     if args.tag is not None and (not args.tag or "/" in args.tag or args.tag.startswith(".")):

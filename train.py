@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from runtime.randomness import keyed_noise
 from runtime.runlog import RunLog
 from runtime.stopping import EXIT_STOPPED, StopRequest
 from runtime.trainer import State, update
-from transport import PATHS, FlowTurbo, flow_matching_loss, refiner_loss, refiner_times
+from transport import PATHS, FlowTurbo, Guidance, flow_matching_loss, refiner_loss, refiner_times
 from transport.losses import MAX_DT, RECIPES
 
 # What differs between the targets; the refiner's are the paper's (section 4.1), the predictor's SiT's.
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--class-dropout", type=float, default=0.1, help="how often the label becomes null")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="of the weights' moving average, once warm")
     group.add_argument(
-        "--seed", "--global-seed", type=int, default=0, help="sample k depends on the seed and k alone"
+        "--seed", "--global-seed", type=cli.seed, default=0, help="sample k depends on the seed and k alone"
     )
 
     group = parser.add_argument_group("hardware")
@@ -167,11 +167,6 @@ def main(argv: list[str] | None = None) -> None:
         config = {"model": pipeline.model_config(model), "training": vars(args), "data": data.fingerprint()}
         folder = resume(args, ranks, state, config)
         total = args.steps if args.epochs is None else math.ceil(args.epochs * len(data) / args.global_batch_size)
-        log = RunLog(folder if ranks.is_main else None, total, state.step)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        log.say(f"{args.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
-        log.say(f"{ranks.size} x {ranks.device}, {dtype}, steps {state.step} to {total}, writing to {folder}")
-
         posterior = autoencoder.channels is not None
         loader = training_loader(
             TrainingSamples(data, args.seed, model.input_shape, flip=args.flip, posterior=posterior),
@@ -182,42 +177,70 @@ def main(argv: list[str] | None = None) -> None:
             workers=args.num_workers,
             exact=args.exact,
         )
-        loss_of = make_loss(args, model, teacher, autoencoder, dtype)
-        for batch in loader:
-            result = update(
-                state,
-                ranks,
-                batch.to(ranks.device),
-                loss_of,
-                global_batch_size=args.global_batch_size,
-                lr=args.lr * min(1.0, (state.step + 1) / max(1, args.warmup)),
-                clip=args.clip_grad,
-                ema_decay=args.ema_decay,
-                passes=args.accumulate,
-                exact=args.exact,
-                stop=stop.wanted,
-            )
-            log.advance(state.step, args.global_batch_size)
-            done = result.stop or state.step == total
-            if done or state.step % args.log_every == 0:
-                log.scalars(loss=result.loss, gradient=result.norm)
-            if ranks.is_main and (done or state.step % args.ckpt_every == 0):
-                path = save(args, folder, state, config)
-                log.say(f"step {state.step}: loss {result.loss:.5f}, saved {path}")
-            if result.stop:
-                break
-            if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
-                picture = sample_grid(args, state.ema, teacher, autoencoder, ranks.device, dtype)
-                save_png(folder / "samples" / f"{state.step:07d}.png", picture)
-        ranks.barrier()
-        if state.step < total:
-            why = stop.signal or ("another rank's signal" if not args.max_hours else f"--max-hours {args.max_hours}")
+
+        def save() -> Path:
+            checkpoints = CheckpointFolder(folder / "checkpoints", args.keep_last, args.keep_every)
+            path = checkpoints.path(state.step)
+            checkpoints.record(path, state.save(path, config))
+            return path
+
+        def draw() -> None:
+            picture = sample_grid(args, state.ema, teacher, autoencoder, ranks.device, dtype)
+            save_png(folder / "samples" / f"{state.step:07d}.png", picture)
+
+        with RunLog(folder if ranks.is_main else None, total, state.step) as log:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            log.say(f"{args.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
+            log.say(f"{ranks.size} x {ranks.device}, {dtype}, steps {state.step} to {total}, writing to {folder}")
+            loss_of = make_loss(args, model, teacher, autoencoder, dtype)
+            fit(args, ranks, state, loader, loss_of, stop, log, save, draw, total)
+            ranks.barrier()
+            if state.step == total:
+                log.say(f"done: {folder}")
+                return
+            why = stop.signal or ("the time limit" if stop.late else "another rank's signal")
             log.say(f"stopped by {why} after step {state.step}; go on with the same command and --resume auto")
-        else:
-            log.say(f"done: {folder}")
-        log.close()
-    if state.step < total and not stop.late:
-        sys.exit(EXIT_STOPPED)
+        if not stop.late:
+            sys.exit(EXIT_STOPPED)
+
+
+def fit(
+    args: argparse.Namespace,
+    ranks: World,
+    state: State,
+    loader: Iterable[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    stop: StopRequest,
+    log: RunLog,
+    save: Callable[[], Path],
+    draw: Callable[[], None],
+    total: int,
+) -> None:
+    """Update on every batch; rank 0 saves and draws when it is time. Ends early, saved, when a stop is wanted."""
+    for batch in loader:
+        result = update(
+            state,
+            ranks,
+            batch.to(ranks.device),
+            loss_of,
+            global_batch_size=args.global_batch_size,
+            lr=args.lr * min(1.0, (state.step + 1) / max(1, args.warmup)),
+            clip=args.clip_grad,
+            ema_decay=args.ema_decay,
+            passes=args.accumulate,
+            exact=args.exact,
+            stop=stop.wanted,
+        )
+        log.advance(state.step, args.global_batch_size)
+        done = result.stop or state.step == total
+        if done or state.step % args.log_every == 0:
+            log.scalars(loss=result.loss, gradient=result.norm)
+        if ranks.is_main and (done or state.step % args.ckpt_every == 0):
+            log.say(f"step {state.step}: loss {result.loss:.5f}, saved {save()}")
+        if result.stop:
+            return
+        if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
+            draw()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -229,13 +252,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("global_batch_size", "steps", "epochs", "log_every", "ckpt_every", "accumulate", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("num_workers", "warmup", "sample_every", "seed", "keep_last", "keep_every"):
+    for name in ("num_workers", "warmup", "sample_every", "keep_last", "keep_every"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0")
     if not (0 <= args.class_dropout < 1 and 0 <= args.ema_decay < 1):
         parser.error("--class-dropout and --ema-decay must lie in [0, 1)")
     if not (args.lr > 0 and args.wd >= 0 and (args.clip_grad is None or args.clip_grad > 0)):
         parser.error("--lr and --clip-grad must be positive, --wd at least 0")
+    for name in ("hidden_size", "depth", "num_heads", "patch_size", "num_classes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not (math.isfinite(args.lr) and math.isfinite(args.wd) and 0 < args.max_dt < 1 and 0 < args.subset <= 1):
+        parser.error("--lr and --wd must be finite, --max-dt in (0, 1), --subset in (0, 1]")
+    Guidance(args.cfg_scale)  # refuses impossible scales now rather than at the first sample grid
     if args.max_hours is not None and not args.max_hours > 0:
         parser.error("--max-hours must be positive")
     if args.target == "refiner" and not args.model_teacher_ckpt:
@@ -352,18 +381,6 @@ def sample_grid(
     return grid(rows, [f"{schedule}  cfg {cfg_scale:g}" for schedule in schedules])
 
 
-def checkpoints_of(args: argparse.Namespace, folder: Path) -> CheckpointFolder:
-    return CheckpointFolder(folder / "checkpoints", args.keep_last, args.keep_every)
-
-
-def save(args: argparse.Namespace, folder: Path, state: State, config: dict) -> Path:
-    """Write the checkpoint of this step and drop those that are no longer to be kept."""
-    checkpoints = checkpoints_of(args, folder)
-    path = checkpoints.path(state.step)
-    checkpoints.record(path, state.save(path, config))
-    return path
-
-
 def resume(args: argparse.Namespace, ranks: World, state: State, config: dict) -> Path:
     """The run's folder, chosen by rank 0 for all; the state is that of the checkpoint to resume from, if any.
 
@@ -374,7 +391,7 @@ def resume(args: argparse.Namespace, ranks: World, state: State, config: dict) -
         results, name = Path(args.results_dir), f"{args.target}-{args.note}"
         checkpoint: Path | None = None
         if args.resume == "auto":
-            checkpoint = newest_checkpoint(results, f"[0-9]*-{name}", warn=lambda text: print(f"warning: {text}"))
+            checkpoint = newest_checkpoint(results, name, warn=lambda text: print(f"warning: {text}"))
         elif args.resume:
             checkpoint = Path(args.resume)
         if checkpoint is not None and checkpoint.resolve().parent.name == "checkpoints":

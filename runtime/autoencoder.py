@@ -83,7 +83,7 @@ def load_autoencoder(
         return NoAutoencoder()
     from diffusers import AutoencoderKL
 
-    found = locate(name)
+    found = locate(name) if name else None
     local = found is not None and found.is_dir()
     source = str(found) if local else ALIASES.get(name, name)
     if not local and (name.startswith((".", "/", "~")) or source.count("/") != 1):

@@ -96,6 +96,8 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
     if problems:
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this {type(module).__name__}: {shown}")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device="cpu")
     module.load_state_dict(dict(weights), strict=True)
 
 
@@ -160,11 +162,17 @@ def check_digest(path: str | os.PathLike[str]) -> None:
 
 
 def newest_checkpoint(
-    results: str | os.PathLike[str], pattern: str = "*", warn: Callable[[str], object] = print
+    results: str | os.PathLike[str], name: str, warn: Callable[[str], object] = print
 ) -> Path | None:
-    """The newest whole checkpoint of the newest run under `results` that has one, or None."""
-    runs = (p for p in Path(results).glob(pattern) if p.is_dir())
-    for run in sorted(runs, key=lambda p: p.name, reverse=True):
-        if found := CheckpointFolder(run / "checkpoints").newest(warn):
+    """The newest whole checkpoint of the newest run NUMBER-name under `results` that has one, or None."""
+    runs = {int(p.name.partition("-")[0]): p for p in Path(results).glob("*-*") if is_run(p.name, name)}
+    for number in sorted(runs, reverse=True):
+        if found := CheckpointFolder(runs[number] / "checkpoints").newest(warn):
             return found
     return None
+
+
+def is_run(folder: str, name: str) -> bool:
+    """Whether a folder's name is NUMBER-name."""
+    number, _, rest = folder.partition("-")
+    return re.fullmatch("[0-9]+", number) is not None and rest == name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,24 +14,23 @@ IMAGENET_CLASSES = 1000
 
 
 @lru_cache(maxsize=1)
-def imagenet_names() -> dict[str, int]:
-    """Every WordNet id, ImageNet class name and synonym in lower case -> its index in 0..999."""
+def imagenet_names() -> dict[str, list[int]]:
+    """Every WordNet id, ImageNet class name and synonym in lower case -> the indices in 0..999 that it may mean.
+
+    "crane" is a bird and a machine: such a name has several.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    names: dict[str, int] = {}
-    synonyms: dict[str, set[int]] = {}
+    names: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
     for index in range(IMAGENET_CLASSES):
-        names[info.index_to_label_name(index).lower()] = index
         description = info.index_to_description(index, detailed=False).lower()
-        names.setdefault(description, index)
+        for name in (info.index_to_label_name(index).lower(), description):
+            names.setdefault(name, []).append(index)
         for synonym in description.split(", "):
-            synonyms.setdefault(synonym, set()).add(index)
-    # "crane" is a bird and a machine: such names stay with their full description only.
-    for synonym, indices in synonyms.items():
-        if len(indices) == 1:
-            names.setdefault(synonym, next(iter(indices)))
-    return names
+            synonyms.setdefault(synonym, []).append(index)
+    return {**synonyms, **names}  # "partridge" is one class's name and another's synonym: it means the former
 
 
 def class_index(name: str, num_classes: int) -> int:
@@ -38,23 +39,23 @@ def class_index(name: str, num_classes: int) -> int:
     Raises ValueError for a number outside the model's classes, or an unknown name with the nearest known ones.
     """
     text = name.strip().lower()
-    if text.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", text):
         index = int(text)
         if not 0 <= index < num_classes:
             raise ValueError(f"class {index} is outside this model's classes 0 to {num_classes - 1}")
         return index
     if num_classes != IMAGENET_CLASSES:
         raise ValueError(f"class {name!r}: a model of {num_classes} classes takes indices 0 to {num_classes - 1}")
-    index_or_none = _lookup(text)
-    if index_or_none is None:
-        from difflib import get_close_matches
-
-        near = get_close_matches(text, imagenet_names(), n=3, cutoff=0.5)
-        containing = [known for known in imagenet_names() if text in known]
-        near = list(dict.fromkeys(sorted(containing, key=len)[:3] + near))[:4]
+    found = _lookup(text)
+    if len(found) > 1:
+        raise ValueError(f"{name!r} names the ImageNet classes {', '.join(map(str, found))}: give the index")
+    if not found:
+        known = imagenet_names()
+        containing = sorted((other for other in known if text in other), key=len)[:3]
+        near = list(dict.fromkeys(containing + get_close_matches(text, known, n=3, cutoff=0.5)))[:4]
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"{name!r} is no ImageNet class name or index{hint}")
-    return index_or_none
+    return found[0]
 
 
 def class_indices(
@@ -67,13 +68,13 @@ def class_indices(
     of a few folders would silently train the model's first classes.
     """
     if class_map is not None:
-        return [_mapped(name, class_map, num_classes) for name in folders]
+        return [_mapped(name, class_map, num_classes or len(folders)) for name in folders]
     reason = "and nothing says which of them they are"
     if num_classes == IMAGENET_CLASSES:
         found = [_lookup(name.lower().replace("_", " ")) for name in folders]
-        unknown = [name for name, index in zip(folders, found, strict=True) if index is None]
+        unknown = [name for name, indices in zip(folders, found, strict=True) if len(indices) != 1]
         if not unknown:
-            return [index for index in found if index is not None]
+            return [indices[0] for indices in found]
         reason = f"and {', '.join(map(repr, unknown[:3]))} is no WordNet id or ImageNet class name"
     if num_classes is None or len(folders) == num_classes:
         return list(range(len(folders)))
@@ -106,19 +107,19 @@ def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
     return mapped
 
 
-def _mapped(folder: str, class_map: Mapping[str, int], num_classes: int | None) -> int:
+def _mapped(folder: str, class_map: Mapping[str, int], num_classes: int) -> int:
     if folder not in class_map:
         raise ValueError(
             f"class folder {folder!r} is not in the class map, which has {', '.join(list(class_map)[:5])}"
         )
     index = class_map[folder]
-    if num_classes is not None and index >= num_classes:
+    if index >= num_classes:
         raise ValueError(
             f"the class map puts {folder!r} at {index}, outside the model's classes 0 to {num_classes - 1}"
         )
     return index
 
 
-def _lookup(text: str) -> int | None:
+def _lookup(text: str) -> list[int]:
     names = imagenet_names()
-    return names.get(text, names.get(text.replace(" ", "_")))
+    return names.get(text) or names.get(text.replace(" ", "_")) or []

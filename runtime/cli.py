@@ -39,6 +39,14 @@ def new_parser(description: str, epilog: str | None = None) -> Parser:
     return Parser(description=description, epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
 
 
+def seed(text: str) -> int:
+    """An argument type: an integer in [0, 2^64), the keys of the random generator."""
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} must lie in 0 to 2^64 - 1")
+    return value
+
+
 def hyphenate(argv: Sequence[str] | None) -> list[str]:
     """The arguments (default: the command line's) with `--any_flag` spelled `--any-flag`; values are kept."""
     arguments = sys.argv[1:] if argv is None else list(argv)

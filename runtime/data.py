@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -264,8 +263,8 @@ def training_loader(
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
+    os.setpgrp()
 
 
 def _as_it_is(batch: Any) -> Any:

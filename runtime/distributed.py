@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class World:
         if failure is not None:
             raise failure
         if box[1] is not None:
+            time.sleep(2)  # rank 0 tells the error first; torchrun ends all at the first exit
             sys.exit(2)
         return box[0]
 

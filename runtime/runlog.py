@@ -57,6 +57,12 @@ class RunLog:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, self.step)
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         if self.folder is not None:
             self.bar.close()

@@ -75,6 +75,6 @@ def test_two_ranks_agree_and_a_mistake_is_told_once(python, tmp_path):
     (tmp_path / "script.py").write_text(RANKS)
     done = python(tmp_path / "script.py", "wrong", ranks=2)
     for rank in range(2):
-        assert f"rank {rank} of 2: 41 3.0\n" in done.stdout
+        assert f"rank {rank} of 2: 41 3.0" in done.stdout
     assert done.returncode != 0
     assert done.stderr.count("script.py: error: invalid literal") == 1

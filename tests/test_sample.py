@@ -42,8 +42,8 @@ def test_without_weights_two_lines_say_what_is_needed(python, tmp_path):
     first, second = done.stderr.splitlines()
     assert "SiT-XL-2-256x256.pt (--predictor-ckpt)" in first
     assert "SiT-XL-2-Refiner.pt (--refiner-ckpt)" in first
-    assert "nyu-visionx/SiT-collections" in second
-    assert "cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50" in second
+    assert "python download.py sit-xl-2-256 sit-xl-2-refiner" in second
+    assert "huggingface.co, cloud.tsinghua.edu.cn" in second
     for flag in ("--predictor-ckpt", "--refiner-ckpt", "--vae-ckpt"):
         assert flag in second
     assert not list(tmp_path.iterdir())
@@ -220,7 +220,7 @@ def test_wrong_values_are_explained(pixel_models, flags, message, tmp_path):
     [
         (["--num-images", "0"], "must be at least 1"),
         (["--batch-size", "0"], "must be at least 1"),
-        (["--seed", "-1"], "--seed at least 0"),
+        (["--seed", "-1"], "must lie in 0 to 2^64"),
         (["--out", "a.jpg"], "must end in .png"),
         (["--shedule", "H8"], "did you mean --schedule?"),
         (["--precision", "fp8"], "invalid choice"),

@@ -218,12 +218,12 @@ def test_only_what_is_missing_is_made_again(reference, draw, tmp_path, monkeypat
     assert made == [0, 4]
     assert not (tmp_path / "a.npz").exists()
     batches = tmp_path / "a" / "batches"
-    assert sorted(p.name for p in batches.iterdir()) == ["000000.npz", "000001.npz"]
-    broken = bytearray((batches / "000000.npz").read_bytes())
+    assert sorted(p.name for p in batches.iterdir()) == ["000000.batch", "000001.batch"]
+    broken = bytearray((batches / "000000.batch").read_bytes())
     broken[len(broken) // 2] ^= 1
-    (batches / "000000.npz").write_bytes(broken)
-    (batches / "000007.npz").write_bytes(b"of no run")  # neither counted nor read
-    (batches / ".000003.npz.1.tmp").write_bytes(b"left by a kill")
+    (batches / "000000.batch").write_bytes(broken)
+    (batches / "000007.batch").write_bytes(b"of no run")  # neither counted nor read
+    (batches / ".000003.batch.1.tmp").write_bytes(b"left by a kill")
     (tmp_path / "a" / "png" / "000099.png").write_bytes(b"nor this")
     (tmp_path / "a" / "png" / "000005.png").unlink()  # of the second micro-batch, whose arrays are there
     monkeypatch.undo()
@@ -283,7 +283,7 @@ def kill_and_finish(flags, folder, kills, ranks):
     batches, progress = folder / "a" / "batches", []
 
     def made():
-        return len(list(batches.glob("[0-9]*.npz"))) if batches.exists() else 0
+        return len(list(batches.glob("[0-9]*.batch"))) if batches.exists() else 0
 
     for _ in range(kills):
         before = made()
@@ -437,7 +437,7 @@ def test_the_originals_flags_are_known():
     [
         (["--num-fid-samples", "0"], "must be at least 1"),
         (["--per-proc-batch-size", "0"], "must be at least 1"),
-        (["--seed", "-1"], "--seed at least 0"),
+        (["--seed", "-1"], "must lie in 0 to 2^64"),
         (["--num-fid-samples", "1", "--features", "pixels"], "--features needs at least 2 images"),
         (["--tag", "a/b"], "must be a word"),
         (["--tag", ""], "must be a word"),

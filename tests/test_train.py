@@ -338,6 +338,7 @@ def test_a_wrong_flag_is_one_line(flags, message, capsys):
     [
         *(("--patch-size", 0), ("--depth", -1), ("--hidden-size", 0), ("--num-heads", 0), ("--num-classes", 0)),
         *(("--lr", "inf"), ("--wd", "inf"), ("--cfg-scale", "nan"), ("--cfg-scale", -1), ("--seed", 2**64)),
+        *(("--max-dt", 1.5), ("--max-dt", 0), ("--subset", 0), ("--subset", 1.5), ("--seed", -1)),
     ],
 )
 def test_impossible_numbers_are_refused_before_training(flags, flag, value, tmp_path, capsys):
@@ -370,7 +371,6 @@ def others(tmp_path_factory, save_network):
         ("refiner", ["--model-teacher-ckpt", "{}/wide.pt"], "works on 8x16 latents"),
         ("refiner", ["--model-teacher-ckpt", "{}/many.pt"], "2 class folders, the model 10 classes"),
         ("refiner", ["--image-size", "16"], "works on 8x8 latents, that is --image-size 8"),
-        ("refiner", ["--max-dt", "1.5"], "max_dt 1.5 must lie between 0 and 1"),
         ("refiner", ["--vae-ckpt", "vae"], "is neither a folder, an alias"),
         ("predictor", ["--image-size", "9"], "input_size 9x9 is not a multiple of patch_size 2"),
         ("predictor", ["--num-heads", "5"], "hidden_size 32 must be a multiple of num_heads 5"),

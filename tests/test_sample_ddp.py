@@ -464,7 +464,6 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
         (["--features", "vgg"], "extractor vgg: expected inception, pixels, dinov2 or a TorchScript file"),
         (["--features", "pixels", "--features-weights", "x"], "belongs to inception and dinov2"),
         (["--predictor-ckpt", "gone.pt"], "missing weights: gone.pt (--predictor-ckpt)"),
-        (["--seed", str(2**64)], "must lie in 0 to 2^64 - 1"),
     ],
     ids=str,
 )
@@ -477,7 +476,7 @@ def test_wrong_values_are_explained(draw, flags, message, tmp_path):
 
 def test_wrong_values_leave_no_folder_behind(draw, tmp_path):
     """Else the corrected command would be refused for its settings."""
-    with pytest.raises(ValueError):
+    with pytest.raises(SystemExit):
         draw("--seed", 2**64)
     draw("--seed", 1)
     assert images(tmp_path).shape == (COUNT, 8, 8, 3)

@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo demo-from-scratch test test-slow check setup clean
+.PHONY: demo demo-from-scratch test test-slow torture check setup clean
 
 demo: $(READY)
 	$(RUN) demo.py
@@ -19,6 +19,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+torture: $(READY)
+	$(RUN) tests/torture.py
 
 check: $(READY)
 	$(RUN) -m ruff check .

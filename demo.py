@@ -166,7 +166,7 @@ def measure(
             *("--predictor-ckpt", str(predictor), "--refiner-ckpt", str(refiner), "--vae-ckpt", "none"),
             *("--schedule", schedule, "--refiner-step", form, "--cfg-scale", "1", "--labels", "balanced"),
             *("--num-fid-samples", str(args.num_images), "--per-proc-batch-size", "256", "--features", "pixels"),
-            *("--sample-dir", str(out / "samples"), "--tag", tag),
+            *("--sample-dir", str(out / "samples"), "--tag", tag, "--threads", str(torch.get_num_threads())),
         ]
     )
     report = out / "samples" / f"{tag}.json"

@@ -99,6 +99,8 @@ def find_model(name: str | os.PathLike[str]) -> dict[str, Tensor]:
     these are the EMA weights. `runtime.download.fetch` gives the path instead. Raises ValueError or OSError.
     """
     path = locate(str(name)) or fetch(str(name))
+    if path.is_dir():
+        raise ValueError(f"{str(name)!r} is a folder, not the weights of a SiT or its refiner: pass it as --vae-ckpt")
     return weights_of(load_checkpoint(path), path)
 
 
@@ -108,8 +110,9 @@ def listing(folder: Path, assets: dict[str, Asset] = ASSETS) -> str:
     for name, asset in assets.items():
         here = [progress(file, folder) for file in asset.files]
         complete = all((folder / file.path).is_file() for file in asset.files)
-        sizes = [size if complete else file.size for file, size in zip(asset.files, here)]
-        size = "size unknown" if None in sizes else _bytes(sum(filter(None, sizes)))
+        known = complete or all(file.size for file in asset.files)
+        sizes = [size if complete else file.size or file.about for file, size in zip(asset.files, here)]
+        size = ("" if known else "about ") + _bytes(sum(filter(None, sizes)))
         arrived = sum(filter(None, here))
         state = "here" if complete else f"incomplete, {_bytes(arrived)} so far" if arrived else "not here"
         hosts = dict.fromkeys("/".join(url.split("/")[2:-1]) for file in asset.files for url in file.urls)
@@ -210,8 +213,7 @@ def card(path: Path, config: dict[str, Any], dtype: torch.dtype) -> str:
     what = "FlowTurbo velocity refiner" if is_refiner else "SiT velocity predictor"
     command = f"python sample.py --predictor-ckpt {path.name} --schedule H8"
     if is_refiner:
-        predictor = Path(training.get("model_teacher_ckpt") or "predictor.pt").name
-        command = f"python sample.py --predictor-ckpt {predictor} --refiner-ckpt {path.name} --schedule H1P5R3"
+        command = f"python sample.py --predictor-ckpt PREDICTOR --refiner-ckpt {path.name} --schedule H1P5R3"
     if training.get("vae_ckpt"):
         command += f" --vae-ckpt {training['vae_ckpt']}"
     lines = [

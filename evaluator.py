@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from evaluation import (
 from evaluation.archive import Archive, check_writable
 from pipeline import load_extractor
 from runtime.cli import hyphenate, new_parser, run_script
+from runtime.data import centre_crop
 from runtime.download import hint, locate
 
 USUAL_COUNT = 50_000
@@ -68,14 +70,18 @@ class Source(NamedTuple):
     stored: FeatureSet | None
 
 
-def open_source(path: str) -> Source:
-    """Look at a folder or an .npz without reading the images; ValueError for anything else."""
+def open_source(path: str, image_size: int | None = None) -> Source:
+    """Look at a folder or an .npz without reading the images; ValueError for anything else.
+
+    With an image_size the images of a folder are cropped as for training.
+    """
     found = locate(path)
     if found is None and hint(path):
         raise ValueError(f"{path}: no such file; get it with {hint(path)}")
     path = str(found or path)
     if Path(path).is_dir():
-        return Source(ImageFolder(path), None)
+        crop = partial(centre_crop, size=image_size) if image_size is not None else None
+        return Source(ImageFolder(path, crop), None)
     archive = Archive(path)
     stored = FeatureSet.load(path) if "mu" in archive else None
     images = ImageArchive(path) if "arr_0" in archive or stored is None else None
@@ -115,6 +121,8 @@ def features_of(
     if source.images is None:
         return stored
     computed = extract(extractor, source.images, batch_size=args.batch_size, keep=keep, device=args.device)
+    if args.image_size is not None and isinstance(source.images, ImageFolder):
+        computed = dataclasses.replace(computed, source=f"{computed.source} at {args.image_size} px")
     if stored is None:
         return computed
     if stored.extractor != extractor.identity:
@@ -134,15 +142,26 @@ def with_labels(features: FeatureSet, labels: str | None) -> FeatureSet:
     return dataclasses.replace(features, labels=labels or features.labels)
 
 
+def recorded_labels(path: str) -> str | None:
+    """The label mode of an archive that sample_ddp_feature.py has written, from the settings beside it, if any."""
+    try:
+        record = json.loads((Path(path).with_suffix("") / "settings.json").read_text())
+        return record["settings"]["labels"] if Path(path).name in record["outputs"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def compare(args: argparse.Namespace) -> None:
     """REFERENCE SAMPLES: print, and write, every metric."""
     if args.json:
         check_writable(args.json)
-    sources = [open_source(args.reference), open_source(args.samples)]
+    sources = [open_source(path, args.image_size) for path in (args.reference, args.samples)]
     extractor = extractor_for(sources, args)
     reference = features_of(sources[0], extractor, ["pool"], args)
     keep = ["pool", "logits", "spatial"] if args.bootstrap else ["pool", "logits"]
-    samples = with_labels(features_of(sources[1], extractor, keep, args), args.labels)
+    samples = with_labels(
+        features_of(sources[1], extractor, keep, args), args.labels or recorded_labels(args.samples)
+    )
     warnings = []
     if samples.count is not None and samples.count < USUAL_COUNT:
         warnings.append(
@@ -176,7 +195,7 @@ def compare(args: argparse.Namespace) -> None:
             "warnings": warnings,
         }
         with atomic_write(args.json) as file:
-            file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def side_report(features: FeatureSet) -> dict[str, object]:
@@ -206,7 +225,7 @@ def table(reference: FeatureSet, samples: FeatureSet, measured: dict[str, Measur
 def stats(args: argparse.Namespace) -> None:
     """SOURCE -o FILE: write statistics, and features if asked, for later comparisons."""
     check_writable(args.output)
-    source = open_source(args.source)
+    source = open_source(args.source, args.image_size)
     if source.stored and not args.features and args.extractor in (None, source.stored.extractor.split()[0]):
         source = source._replace(images=None)  # what is asked for is there already
     extractor = extractor_for([source], args)
@@ -285,6 +304,7 @@ def add_extraction(parser: argparse.ArgumentParser) -> None:
         help="weights of inception (else $FLOWTURBO_INCEPTION_WEIGHTS, torch.hub's cache or a download) or dinov2",
     )
     parser.add_argument("--batch-size", type=positive, default=50)
+    parser.add_argument("--image-size", type=positive, help="crop the images of folders to squares, as train.py does")
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )

@@ -241,6 +241,8 @@ def config_from_state(state: Mapping[str, Tensor], images_in: int = 1) -> dict[s
         mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
     except KeyError as error:
         raise ValueError(f"not the weights of a SiT: no {error.args[0]}") from None
+    except (IndexError, ValueError, ArithmeticError):
+        raise ValueError("not the weights of a SiT: their shapes are others") from None
     heads = {w["hidden_size"]: w["num_heads"] for w in _WIDTHS.values()}
     side = math.isqrt(tokens)
     if hidden_size not in heads or side * side != tokens:

@@ -20,7 +20,7 @@ from refiner import VelocityRefiner
 from runtime import cli
 from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
 from runtime.checkpoint import load_checkpoint, load_weights, weights_of
-from runtime.download import hint, locate
+from runtime.download import fetch, hint, is_offline, locate
 from runtime.randomness import keyed_noise
 from transport import PATHS, FlowTurbo, Guidance, ODESampler, SDESampler, make_sampler
 from transport.sampler import DIFFUSIONS
@@ -52,11 +52,17 @@ def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Net
         with torch.device("meta"):  # no time for an initialisation that is overwritten
             network = kind(**(config or config_from_state(weights, kind.images_in)))
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(
-            f"checkpoint {path!r} makes no network, by its config: {cli.one_line(error)}"
-        ) from None
+        raise ValueError(f"checkpoint {path!r} makes no network, by its config: {cli.one_line(error)}") from None
     load_weights(network, weights, path)
     return network.eval().requires_grad_(False)
+
+
+def trained_path(path: str) -> str | None:
+    """The interpolation path that a checkpoint of train.py was trained on; None where it does not say."""
+    config = load_checkpoint(path).get("config")
+    training = config.get("training") if isinstance(config, dict) else None
+    found = training.get("path_type") if isinstance(training, dict) else None
+    return found if found in PATHS else None
 
 
 class CallCounter:
@@ -155,7 +161,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> Non
         help="R blocks as in the published code, consistent with the training, or with a single evaluation",
     )
     group.add_argument(
-        "--path-type", choices=tuple(PATHS), default="linear", help="path the predictor was trained on"
+        "--path-type",
+        choices=tuple(PATHS),
+        help="path the predictor was trained on (default: what its checkpoint says, or linear)",
     )
     group.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance of dopri5")
     group.add_argument("--rtol", type=float, default=1e-3, help="relative tolerance of dopri5")
@@ -229,6 +237,10 @@ def load_networks(args: argparse.Namespace, refiner: bool, device: torch.device)
         pick_precision(args.precision, device),
     )
     check_match(networks.predictor, networks.refiner, networks.autoencoder)
+    trained_on = trained_path(args.predictor_ckpt)
+    args.path_type = args.path_type or trained_on or "linear"
+    if trained_on not in (None, args.path_type):
+        raise ValueError(f"the predictor was trained on the {trained_on} path, not on --path-type {args.path_type}")
     if networks.predictor.class_dropout_prob <= 0 and args.cfg_scale != 1:
         raise ValueError("this predictor has no null class to guide with: pass --cfg-scale 1")
     networks.predictor.to(device)
@@ -265,10 +277,11 @@ def sample_numbers(
 
 
 def load_extractor(name: str, device: torch.device | str, weights: str | None) -> Extractor:
-    """`make_extractor`, with Inception's weights from the downloads where no others are named."""
+    """`make_extractor`, with Inception's weights from the downloads, fetched if need be, unless others are named."""
     if name == "inception" and weights is None and INCEPTION_VARIABLE not in os.environ:
-        found = locate(os.path.basename(INCEPTION_URL))
-        weights = str(found) if found is not None else None
+        weights = str(locate(os.path.basename(INCEPTION_URL)) or fetch("inception"))
+    if is_offline():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # timm's network
     return make_extractor(name, device, weights)
 
 

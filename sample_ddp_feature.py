@@ -12,9 +12,11 @@ again; only what is missing is made.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -52,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pipeline.add_network_flags(parser)
     pipeline.add_sampling_flags(parser, cfg_scale=1.5)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of each rank on a CPU. Another number changes the last bits; more cores are better used by more ranks",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--sample-dir", default="samples", metavar="DIR", help="where everything is written")
     group.add_argument("--tag", metavar="NAME", help="name of this set (default: from schedule, scale and seed)")
@@ -79,15 +87,17 @@ def main(argv: list[str] | None = None) -> Summary:
     needs_refiner = pipeline.needs_refiner(args.schedule)
     pipeline.check_files(args, needs_refiner)
     # Nobody waits for another rank while sampling; at the end the slowest may be far behind.
-    with world(args.device, timeout=timedelta(days=7)) as ranks:
+    with world(args.device, timeout=timedelta(days=7)) as ranks, threads(args.threads):
         networks = pipeline.load_networks(args, needs_refiner, ranks.device)
         extractor = (
             pipeline.load_extractor(args.features, ranks.device, args.features_weights) if args.features else None
         )
         samples = SampleFolder(output_folder(args), args.num_fid_samples, args.per_proc_batch_size)
-        settings = settings_of(args, ranks, extractor)
+        settings = settings_of(args, ranks, networks, extractor)
         samples.folder.mkdir(parents=True, exist_ok=True)
         with exclusive(samples.folder) if ranks.is_main else nullcontext():
+            if ranks.is_main and args.png:
+                warn_of_strangers(samples)
             if ranks.agree(lambda: samples.claim(settings)):
                 if ranks.is_main:
                     print(f"already complete: {samples.archive}")
@@ -99,15 +109,28 @@ def main(argv: list[str] | None = None) -> Summary:
             return Summary(samples.archive, samples.features, ms_per_image)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within it the CPU computes with so many threads: their number changes how sums are split, and so the bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(cli.hyphenate(argv))
-    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1:
-        parser.error("--num-fid-samples and --per-proc-batch-size must be at least 1")
+    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1 or args.threads < 1:
+        parser.error("--num-fid-samples, --per-proc-batch-size and --threads must be at least 1")
     if args.features and args.num_fid_samples < 2:
         parser.error("--features needs at least 2 images")
     if args.tag is not None and (not args.tag or "/" in args.tag or args.tag.startswith(".")):
         parser.error(f"--tag {args.tag!r} must be a word for a folder name")
+    if args.tag is not None and args.tag.endswith("-features"):
+        parser.error(f"--tag {args.tag!r} would write where another tag's features go")
     pipeline.guidance_of(args)
     return args
 
@@ -117,12 +140,14 @@ def output_folder(args: argparse.Namespace) -> Path:
     return Path(args.sample_dir) / name
 
 
-def settings_of(args: argparse.Namespace, ranks: World, extractor: Extractor | None) -> dict:
+def settings_of(
+    args: argparse.Namespace, ranks: World, networks: pipeline.Networks, extractor: Extractor | None
+) -> dict:
     """Everything that the bytes of the output depend on, as JSON types."""
 
     def describe() -> dict:
         names = ("num_fid_samples", "per_proc_batch_size", "labels", "cfg_scale", "cfg_channels", "refiner_step")
-        names += ("path_type", "atol", "rtol", "diffusion", "seed", "vae_ckpt")
+        names += ("path_type", "atol", "rtol", "diffusion", "seed")
         refiner = sha256(args.refiner_ckpt) if pipeline.needs_refiner(args.schedule) else None
         return {
             **{name: getattr(args, name) for name in names},
@@ -130,7 +155,9 @@ def settings_of(args: argparse.Namespace, ranks: World, extractor: Extractor | N
             "cfg_interval": list(args.cfg_interval),
             "predictor_sha256": sha256(args.predictor_ckpt),
             "refiner_sha256": refiner,
+            "autoencoder_sha256": networks.autoencoder.fingerprint(),
             "device": ranks.device.type,
+            "threads": args.threads if ranks.device.type == "cpu" else None,
             "precision": str(pipeline.pick_precision(args.precision, ranks.device)),
             "png": args.png,
             "features": extractor.identity if extractor is not None else None,
@@ -184,27 +211,40 @@ def generate(
 
 
 def is_done(args: argparse.Namespace, samples: SampleFolder, k: int) -> bool:
-    pictures = [png_path(samples, i) for i in samples.numbers(k)[: samples.kept(k)]] if args.png else []
-    return all(path.is_file() for path in pictures) and samples.read(k) is not None
+    """Whether micro-batch k is there, and with --png its pictures as they were written."""
+    arrays = samples.read(k)
+    if arrays is None or not args.png:
+        return arrays is not None
+    pictures = zip(png_paths(samples, k), arrays["png_sha256"], strict=True)
+    return all(path.is_file() and sha256(path) == digest for path, digest in pictures)
 
 
-def png_path(samples: SampleFolder, number: int) -> Path:
-    return samples.folder / "png" / f"{number:06d}.png"
+def png_paths(samples: SampleFolder, k: int) -> list[Path]:
+    """Where the pictures of micro-batch k lie."""
+    return [samples.folder / "png" / f"{number:06d}.png" for number in samples.numbers(k)[: samples.kept(k)]]
+
+
+def warn_of_strangers(samples: SampleFolder) -> None:
+    """Tell of pictures beside those of this run: who measures the folder would count them."""
+    own = {path for k in range(samples.batches) for path in png_paths(samples, k)}
+    if strangers := sorted(set((samples.folder / "png").glob("*.png")) - own):
+        print(f"warning: {len(strangers)} pictures that are not of this run, such as {strangers[0]}", file=sys.stderr)
 
 
 def write_batch(args: argparse.Namespace, samples: SampleFolder, k: int, arrays: dict[str, np.ndarray]) -> None:
     if args.png:
-        for row, number in enumerate(samples.numbers(k)[: samples.kept(k)]):
-            save_png(png_path(samples, number), to_pil(torch.from_numpy(arrays["images"][row]).permute(2, 0, 1)))
+        paths = png_paths(samples, k)
+        for path, image in zip(paths, arrays["images"], strict=False):  # the last micro-batch is padded
+            save_png(path, to_pil(torch.from_numpy(image).permute(2, 0, 1)))
+        arrays = {**arrays, "png_sha256": np.array([sha256(path) for path in paths])}
     samples.write(k, arrays)
 
 
 def sample_batch(args: argparse.Namespace, networks: pipeline.Networks, numbers: range, classes: Tensor) -> Tensor:
     """uint8 images (N, C, H, W), on the host, of the samples with these numbers and classes."""
     sampler = pipeline.sampler_of(args, args.schedule, networks)
-    return to_uint8(
-        networks.autoencoder.decode(pipeline.sample_numbers(sampler, networks, args.seed, numbers, classes))
-    )
+    latents = pipeline.sample_numbers(sampler, networks, args.seed, numbers, classes)
+    return to_uint8(networks.autoencoder.decode(latents)).cpu()
 
 
 def features_of(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
@@ -238,18 +278,21 @@ def finish(
     statistics: dict[str, GaussianStatistics],
 ) -> None:
     """Write archive, preview and features from the micro-batches, then record that the run is complete."""
-    first = np.concatenate([samples.expect(k)["images"] for k in range(min(samples.batches, PREVIEW))])[:PREVIEW]
-    pictures = torch.from_numpy(first).permute(0, 3, 1, 2)
-    preview = samples.folder / "preview.png"
-    save_png(preview, grid(list(pictures.split(8))))
+    shown = range(min(samples.batches, -(-PREVIEW // samples.batch)))
+    first = np.concatenate([samples.expect(k)["images"] for k in shown])[:PREVIEW]
+    preview = samples.folder.with_name(samples.folder.name + "-preview.png")
+    save_png(preview, grid(list(torch.from_numpy(first).permute(0, 3, 1, 2).split(8))))
     samples.write_archive()
     outputs = [samples.archive]
     if extractor is not None:
-        kept = {name: [] for name in ("pool", "logits") if name in samples.expect(0)}
-        for arrays in samples:
-            for name, rows in kept.items():
-                rows.append(arrays[name])
-        features = {name: torch.from_numpy(np.concatenate(rows)) for name, rows in kept.items()}
+        features = {
+            name: torch.empty(samples.count, array.shape[1])
+            for name, array in samples.expect(0).items()
+            if name in ("pool", "logits")
+        }
+        for k, arrays in enumerate(samples):
+            for name, rows in features.items():
+                rows[k * samples.batch :][: samples.kept(k)] = torch.from_numpy(arrays[name])
         FeatureSet(
             source=samples.folder.name,
             extractor=extractor.identity,
@@ -260,7 +303,8 @@ def finish(
             **features,
         ).save(samples.features)
         outputs.append(samples.features)
-    samples.complete(settings, outputs)
+    pictures = [path for k in range(samples.batches) for path in png_paths(samples, k)] if args.png else []
+    samples.complete(settings, [*outputs, *pictures])
     print(f"{samples.count} images: {', '.join(map(str, outputs))}; preview: {preview}")
 
 

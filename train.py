@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ from runtime.checkpoint import CheckpointFolder, newest_checkpoint
 from runtime.classes import read_class_map
 from runtime.data import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
 from runtime.distributed import World, world
-from runtime.files import atomic_write
+from runtime.download import locate
+from runtime.files import atomic_write, exclusive, sha256
 from runtime.images import from_uint8, grid, save_png, to_uint8
 from runtime.latents import LatentFolder, is_latent_folder
 from runtime.randomness import keyed_noise
@@ -165,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(args, teacher, data, autoencoder).to(ranks.device)
         state = State.new(model, ranks.device, args.lr, args.wd, dtype == torch.float16)
         config = {"model": pipeline.model_config(model), "training": vars(args), "data": data.fingerprint()}
+        config["teacher"] = None if teacher is None else sha256(locate(args.model_teacher_ckpt))
         folder = resume(args, ranks, state, config)
         total = args.steps if args.epochs is None else math.ceil(args.epochs * len(data) / args.global_batch_size)
         posterior = autoencoder.channels is not None
@@ -188,7 +191,10 @@ def main(argv: list[str] | None = None) -> None:
             picture = sample_grid(args, state.ema, teacher, autoencoder, ranks.device, dtype)
             save_png(folder / "samples" / f"{state.step:07d}.png", picture)
 
-        with RunLog(folder if ranks.is_main else None, total, state.step) as log:
+        with (
+            exclusive(folder, patience=20) if ranks.is_main else nullcontext(),  # a killed run's workers linger
+            RunLog(folder if ranks.is_main else None, total, state.step) as log,
+        ):
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log.say(f"{args.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
             log.say(f"{ranks.size} x {ranks.device}, {dtype}, steps {state.step} to {total}, writing to {folder}")
@@ -246,9 +252,6 @@ def fit(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(cli.hyphenate(argv))
-    for name, value in DEFAULTS[args.target].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     for name in ("global_batch_size", "steps", "epochs", "log_every", "ckpt_every", "accumulate", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -257,14 +260,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 0")
     if not (0 <= args.class_dropout < 1 and 0 <= args.ema_decay < 1):
         parser.error("--class-dropout and --ema-decay must lie in [0, 1)")
-    if not (args.lr > 0 and args.wd >= 0 and (args.clip_grad is None or args.clip_grad > 0)):
+    if not ((args.lr is None or args.lr > 0) and args.wd >= 0 and (args.clip_grad is None or args.clip_grad > 0)):
         parser.error("--lr and --clip-grad must be positive, --wd at least 0")
     for name in ("hidden_size", "depth", "num_heads", "patch_size", "num_classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not (math.isfinite(args.lr) and math.isfinite(args.wd) and 0 < args.max_dt < 1 and 0 < args.subset <= 1):
+    if not (math.isfinite(args.lr or 1) and math.isfinite(args.wd) and 0 < args.max_dt < 1 and 0 < args.subset <= 1):
         parser.error("--lr and --wd must be finite, --max-dt in (0, 1), --subset in (0, 1]")
     Guidance(args.cfg_scale)  # refuses impossible scales now rather than at the first sample grid
+    if args.steps is not None and args.epochs is not None:
+        parser.error("--steps and --epochs are two ways to say one thing: pass one of them")
     if args.max_hours is not None and not args.max_hours > 0:
         parser.error("--max-hours must be positive")
     if args.target == "refiner" and not args.model_teacher_ckpt:
@@ -273,6 +278,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--target refiner works on the linear path")
     if "/" in args.note or args.note.startswith("."):
         parser.error(f"--note {args.note!r} must be a word for a folder name")
+    for name, value in DEFAULTS[args.target].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -376,7 +384,8 @@ def sample_grid(
     rows = []
     with pipeline.autocast(device, dtype):
         for schedule in schedules:
-            sampler = FlowTurbo(predictor, network if teacher is not None else None, schedule, cfg_scale)
+            refiner = network if teacher is not None else None
+            sampler = FlowTurbo(predictor, refiner, schedule, cfg_scale, path=PATHS[args.path_type])
             rows.append(to_uint8(autoencoder.decode(sampler.sample(z, y))).cpu())
     return grid(rows, [f"{schedule}  cfg {cfg_scale:g}" for schedule in schedules])
 
@@ -394,9 +403,10 @@ def resume(args: argparse.Namespace, ranks: World, state: State, config: dict) -
             checkpoint = newest_checkpoint(results, name, warn=lambda text: print(f"warning: {text}"))
         elif args.resume:
             checkpoint = Path(args.resume)
-        if checkpoint is not None and checkpoint.resolve().parent.name == "checkpoints":
-            folder = checkpoint.resolve().parent.parent
-        else:
+        home = CheckpointFolder(checkpoint.resolve().parent) if checkpoint is not None else None
+        if home is not None and (args.resume == "auto" or home.is_latest(checkpoint)):
+            folder = home.folder.parent
+        else:  # a new run, also where an earlier checkpoint is named: what came after it stays as it is
             taken = [int(p.name.split("-")[0]) for p in results.glob("[0-9]*-*") if p.name.split("-")[0].isdigit()]
             folder = results / f"{max(taken, default=-1) + 1:03d}-{name}"
         return str(folder), None if checkpoint is None else str(checkpoint)
@@ -419,13 +429,20 @@ def resume(args: argparse.Namespace, ranks: World, state: State, config: dict) -
 def refuse_changes(before: dict, now: dict, checkpoint: str) -> None:
     """Raises ValueError naming the settings and data that differ from those of the checkpoint."""
     old, new = before.get("training", {}), now["training"]
+    if not isinstance(old, dict) or any(isinstance(old.get(name), (torch.Tensor, list, dict)) for name in SHAPING):
+        raise ValueError(f"{checkpoint!r} is damaged: its config holds no settings; --allow-changes goes on without")
     changed = [
         f"--{name.replace('_', '-')} was {old[name]!r}, is {new[name]!r}"
         for name in SHAPING
         if name in old and old[name] != new[name]
     ]
-    if before.get("data") not in (None, now["data"]):
-        changed.append("the data have other images")
+    for name, what in (("data", "the data have other images"), ("teacher", "--model-teacher-ckpt has other weights")):
+        if before.get(name) not in (None, now[name]):
+            changed.append(what)
+    architecture = before.get("model", now["model"])
+    if architecture != now["model"]:
+        names = [name for name in now["model"] if architecture.get(name) != now["model"][name]]
+        changed.append(f"the network has another {', '.join(names)}")
     if changed:
         raise ValueError(
             f"{checkpoint!r} was trained otherwise: {'; '.join(changed)}; pass --allow-changes to go on all the same"

@@ -118,7 +118,10 @@ def _frechet(
 
 def _measured(values: Tensor) -> Measurement:
     """The estimate, first, and the standard deviation of the replicates after it, if any."""
-    return Measurement(values[0].item(), values[1:].std().item() if len(values) > 2 else None)
+    if not values[0].isfinite():
+        return Measurement(reason="it is not finite on these samples")
+    replicates = values[1:][values[1:].isfinite()]
+    return Measurement(values[0].item(), replicates.std().item() if len(replicates) > 1 else None)
 
 
 def _lacking(reference: object, samples: object) -> str:

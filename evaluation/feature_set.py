@@ -135,11 +135,16 @@ def extract(
 
 def _read_gaussian(archive: Archive, suffix: str) -> Gaussian:
     mean, covariance = (_read_finite(archive, name + suffix) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{archive.path}: mu{suffix} {tuple(mean.shape)} and sigma{suffix} {tuple(covariance.shape)}: "
             "expected (D,) and (D, D)"
         )
+    variances = covariance.diagonal()  # those of constant features may round to just below zero
+    if (variances < -1e-6 * variances.abs().max()).any() or not torch.allclose(
+        covariance, covariance.T, rtol=1e-3, atol=1e-6
+    ):
+        raise ValueError(f"{archive.path}: sigma{suffix} is no covariance: not symmetric, or negative variances")
     return Gaussian(mean.double(), covariance.double())
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from evaluation.archive import Archive
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+Crop = Callable[[Image.Image], Image.Image]
 MAX_PIXELS = 1 << 26  # below where Pillow warns of decompression bombs
 
 
@@ -29,8 +31,10 @@ class ImageFolder:
     another size than the first.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], crop: Callable[[Image.Image], Image.Image] | None = None
+    ) -> None:
+        self.path, self.crop = Path(path), crop
         self.files = sorted(
             file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
         )
@@ -42,18 +46,18 @@ class ImageFolder:
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """uint8 (n, H, W, 3) in the order of the paths, n = size but for the last."""
-        shape = read_image(self.files[0]).shape
+        shape = read_image(self.files[0], self.crop).shape
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
             for start in range(0, len(self.files), size):
                 files = self.files[start : start + size]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image refuses
-                    images = list(threads.map(read_image, files))
+                    images = list(threads.map(read_image, files, repeat(self.crop)))
                 for file, image in zip(files, images):
                     if image.shape != shape:
                         raise ValueError(
                             f"{file}: {image.shape[1]}×{image.shape[0]} pixels, but {self.files[0].name} has "
-                            f"{shape[1]}×{shape[0]}: expected images of one size"
+                            f"{shape[1]}×{shape[0]}: expected images of one size, or --image-size N to crop them"
                         )
                 yield np.stack(images)
 
@@ -85,8 +89,11 @@ class ImageArchive:
             yield block if block.shape[3] == 3 else block.repeat(3, axis=3)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An 8-bit image file as uint8 (H, W, 3); ValueError naming the file when it is damaged or something else."""
+def read_image(path: Path, crop: Crop | None = None) -> np.ndarray:
+    """An 8-bit image file, cropped if asked to, as uint8 (H, W, 3).
+
+    ValueError naming the file when it is damaged or something else.
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -94,6 +101,7 @@ def read_image(path: Path) -> np.ndarray:
             if image.mode not in EIGHT_BIT_MODES:
                 raise ValueError(f"mode {image.mode}, expected 8 bits per channel")
             image.load()  # verify() would pass a truncated JPEG
-            return np.asarray(image.convert("RGB"))
+            image = image.convert("RGB")
+            return np.asarray(crop(image) if crop is not None else image)
     except Exception as error:  # Pillow raises a dozen types on damaged files
         raise ValueError(f"{path}: not a readable image ({error})") from error

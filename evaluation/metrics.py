@@ -64,11 +64,11 @@ def inception_score(logits: Tensor, split_size: int = 5000, counts: Tensor | Non
         log_p = part.double().log_softmax(dim=1)
         p = log_p.exp()
         weights = weights.to(p)
-        weights = weights / weights.sum(dim=1, keepdim=True)
+        weights = weights / weights.sum(dim=1, keepdim=True)  # a resample may leave a short split empty: NaN
         marginal = weights @ p
         negative_entropy = weights @ (p * log_p).sum(dim=1)
         scores.append((negative_entropy - torch.xlogy(marginal, marginal).sum(dim=1)).exp())
-    return torch.stack(scores).mean(dim=0)
+    return torch.stack(scores).nanmean(dim=0)
 
 
 class PrecisionRecall(NamedTuple):

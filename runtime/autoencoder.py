@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.download import hint, locate
+from runtime.download import hint, is_offline, locate
 
 ALIASES = {
     "vae-ema": "stabilityai/sd-vae-ft-ema",
@@ -62,6 +62,9 @@ class NoAutoencoder(nn.Module):
     channels = None  # as many as the images have
     factor = 1
 
+    def fingerprint(self) -> None:
+        """There are no weights."""
+
     def moments(self, images: Tensor) -> Tensor:
         return images
 
@@ -92,7 +95,9 @@ def load_autoencoder(
         )
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, line by line, say no more than below
     try:
-        network = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
+        network = AutoencoderKL.from_pretrained(
+            source, torch_dtype=dtype, low_cpu_mem_usage=False, local_files_only=is_offline()
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.files import atomic_write, sha256
+from runtime.files import atomic_write, remove_leftovers, sha256
 
 MANIFEST = "manifest.json"
 
@@ -53,8 +53,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 config = json.loads((file.metadata() or {}).get("config", "null"))
             return {"ema": weights, "config": config} if isinstance(config, dict) else weights
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                _check_stored(archive, os.path.getsize(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file raises nearly anything; nine types were seen
         unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
         reason = "it holds Python objects, which are not loaded" if unsafe else "no checkpoint, or a damaged one"
@@ -62,6 +66,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path!r} holds a {type(content).__name__}, expected weights by name")
     return content
+
+
+def _check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises ValueError for compressed members, which mapping would take for weights, and for sizes that lie."""
+    members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError("an archive that inflates")
 
 
 def weights_of(
@@ -76,7 +87,7 @@ def weights_of(
     weights = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
         for key, value in state.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and isinstance(key, str)
     }
     if not weights:
         raise ValueError(f"checkpoint {os.fspath(path)!r} holds no weights")
@@ -91,6 +102,8 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
     for key in sorted(expected.keys() & weights.keys()):
         if expected[key].shape != weights[key].shape:
             problems.append(f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}")
+        elif not is_plain(weights[key]):
+            problems.append(f"{key} is no plain tensor of real numbers")
         elif not torch.isfinite(weights[key]).all():
             problems.append(f"{key} is not finite")
     if problems:
@@ -99,6 +112,14 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device="cpu")
     module.load_state_dict(dict(weights), strict=True)
+
+
+def is_plain(value: object) -> bool:
+    """Whether something is a tensor of floats that lie in memory one by one: not sparse, nor expanded from one."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    stored = value.untyped_storage().nbytes()
+    return value.is_floating_point() and stored >= value.numel() * value.element_size()
 
 
 class CheckpointFolder:
@@ -121,9 +142,12 @@ class CheckpointFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read {path}: {error}") from None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not all(
+            re.fullmatch(r"[0-9]{7,18}\.pt", name) and re.fullmatch("[0-9a-f]{64}", str(digest))
+            for name, digest in content.items()
+        ):
             raise ValueError(f"{path} is no manifest of checkpoints")
         return content
 
@@ -131,12 +155,21 @@ class CheckpointFolder:
         """Enter a checkpoint that has been written, and drop those that are no longer to be kept."""
         digests = {**self.digests(), path.name: digest}
         steps = sorted(int(Path(name).stem) for name in digests)
-        kept = set(steps[-self.keep_last :] if self.keep_last else steps)
+        until_now = [step for step in steps if step <= int(path.stem)]  # later ones may be all that another run left
+        kept = set(until_now[-self.keep_last :] if self.keep_last else until_now) | (set(steps) - set(until_now))
         kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
         names = {self.path(step).name for step in kept}
-        self._write({name: value for name, value in digests.items() if name in names})
-        for name in digests.keys() - names:  # after the manifest: a file that is lost was not counted any more
-            (self.folder / name).unlink(missing_ok=True)
+        self._write(digests)
+        if dropped := digests.keys() - names:  # forgotten only once they are gone: a kill in between leaves no orphan
+            for name in dropped:
+                (self.folder / name).unlink(missing_ok=True)
+            self._write({name: value for name, value in digests.items() if name in names})
+        remove_leftovers(self.folder)
+
+    def is_latest(self, path: Path) -> bool:
+        """Whether a file is a checkpoint of this folder, and no other that the manifest has is of a later step."""
+        steps = [int(Path(name).stem) for name in self.digests() if (self.folder / name).is_file()]
+        return self.folder.name == "checkpoints" and path.stem.isdigit() and int(path.stem) >= max(steps, default=0)
 
     def newest(self, warn: Callable[[str], object]) -> Path | None:
         """The newest whole checkpoint, or None; `warn` is told of each damaged one that is passed over."""

@@ -63,12 +63,15 @@ def class_indices(
 ) -> list[int]:
     """The model's class index of each class folder, in order.
 
-    With a `class_map`, what it says. For a model of ImageNet's 1000 classes, folders that all are WordNet ids or
-    class names mean those. As many folders as classes: their sorted order. Raises ValueError otherwise: the order
-    of a few folders would silently train the model's first classes.
+    With a `class_map`, what it says. Folders that are all numbers below the number of classes mean those; for a model
+    of ImageNet's 1000 classes, WordNet ids and class names mean theirs. As many folders as classes: sorted order.
+    Raises ValueError otherwise: the order of a few folders would silently train the model's first classes.
     """
     if class_map is not None:
         return [_mapped(name, class_map, num_classes or len(folders)) for name in folders]
+    numbers = [int(name) for name in folders if re.fullmatch("[0-9]+", name)]
+    if len(set(numbers)) == len(folders) and max(numbers) < (num_classes or len(folders)):
+        return numbers  # "10" sorts before "2"
     reason = "and nothing says which of them they are"
     if num_classes == IMAGENET_CLASSES:
         found = [_lookup(name.lower().replace("_", " ")) for name in folders]
@@ -91,7 +94,7 @@ def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
     """A JSON file {folder name: class index, or ImageNet class name}. Raises ValueError naming the file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read class map {os.fspath(path)!r}: {error}") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(
@@ -100,7 +103,10 @@ def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
     mapped = {}
     for folder, value in content.items():
         if isinstance(value, str):
-            value = class_index(value, IMAGENET_CLASSES)
+            try:
+                value = class_index(value, IMAGENET_CLASSES)
+            except ValueError as error:
+                raise ValueError(f"class map {os.fspath(path)!r}: {error}") from None
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"class map {os.fspath(path)!r}: {folder!r} maps to {value!r}, not to a class index")
         mapped[folder] = value

@@ -54,6 +54,8 @@ def hyphenate(argv: Sequence[str] | None) -> list[str]:
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
+            if value == "--":  # argparse would take it for the end of the flags, and give an empty list
+                raise ValueError(f"{flag} takes no value '--'")
             argument = flag.replace("_", "-") + equals + value
         spelled.append(argument)
     return spelled
@@ -72,8 +74,8 @@ def run_script(main: Callable[[], object]) -> None:
         if os.environ.get("FLOWTURBO_TRACEBACK"):
             raise
         rank = int(os.environ.get("RANK", "0"))
-        if rank:  # A mistake that every rank meets is told once: rank 0's exit makes torchrun end the others.
-            time.sleep(2)
+        # A mistake that every rank meets is told once: rank 0's exit makes torchrun end the others.
+        time.sleep(4 if isinstance(error, Aftermath) else 2 if rank else 0)
         message = str(error) if isinstance(error, Advice) else one_line(error)
         who = f"[rank {rank}] " if rank else ""
         print(f"{who}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
@@ -92,6 +94,10 @@ def _exit(code: int) -> NoReturn:
 
 class Advice(ValueError):
     """A user's mistake whose message is printed as it stands, on the lines it has."""
+
+
+class Aftermath(OSError):
+    """An error that comes of another rank's end: told after what that one has to say."""
 
 
 def one_line(error: BaseException) -> str:

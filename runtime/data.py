@@ -26,6 +26,8 @@ from runtime.distributed import World
 from runtime.randomness import keyed_generator
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name says; none runs a program
+LARGEST_CROP = 2**26  # pixels that an image may have once its short side is the crop's
 ORDER_STREAM, SUBSET_STREAM = 1, 2  # of the keyed generator; stream 0 is a sample's own
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
 MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
@@ -153,10 +155,14 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int = 3) -> np
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            if not os.path.isfile(path):  # a pipe would be waited for, for ever
+                raise ValueError("no file")
+            with Image.open(path, formats=FORMATS) as picture:
+                if size**2 * max(picture.size) > LARGEST_CROP * min(picture.size):
+                    raise ValueError(f"a strip of {picture.width}x{picture.height} pixels")
                 square = centre_crop(picture.convert(MODES[channels]), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: {error}") from None
+    except Exception as error:  # Pillow raises a dozen types on damaged files
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from None
     array = np.asarray(square)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 

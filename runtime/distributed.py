@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime import cli
+
 Value = TypeVar("Value")
 
 
@@ -39,12 +41,14 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, on every rank; in place."""
         if self.size > 1:
-            dist.all_reduce(value)
+            with _together():
+                dist.all_reduce(value)
         return value
 
     def agree(self, function: Callable[[], Value]) -> Value:
@@ -61,7 +65,8 @@ class World:
                 box[0] = function()
             except Exception as error:
                 failure, box[1] = error, str(error)
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        with _together():
+            dist.broadcast_object_list(box, src=0, device=self.device)
         if failure is not None:
             raise failure
         if box[1] is not None:
@@ -87,11 +92,24 @@ def world(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> I
     if size == 1:
         yield World(0, 0, 1, place)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+    with _together():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield World(rank, local_rank, size, place)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What the backend raises in a collective, as the end of another rank that it nearly always is."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = cli.one_line(error)[:200]
+        raise cli.Aftermath(
+            f"lost the other ranks, one of which has ended: its message tells why ({reason})"
+        ) from error
 
 
 def pick_device(device: str, local_rank: int | None = None) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed writes have left in a folder, and below it, that only the caller writes to."""
+    for path in Path(folder).rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Make the folder of an output file. Raises OSError naming a path that takes none: before the work, not after."""
     path = Path(path)
@@ -45,13 +52,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder's lock; it falls with the process. Raises ValueError where another process holds it."""
+def exclusive(folder: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder's lock; it falls with the process and its children.
+
+    Raises ValueError where another process still holds it after `patience` seconds.
+    """
+    limit = time.monotonic() + patience
     with open(Path(folder) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"folder {os.fspath(folder)!r} is in use by another run") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > limit:
+                    raise ValueError(f"folder {os.fspath(folder)!r} is in use by another run") from None
+                time.sleep(0.1)
         yield
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from runtime.autoencoder import Autoencoder, load_autoencoder
 from runtime.classes import class_indices
 from runtime.data import ClassFolder
 from runtime.distributed import World, world
-from runtime.files import atomic_write, sha256
+from runtime.files import atomic_write, exclusive, remove_leftovers, sha256
 from runtime.images import from_uint8
 
 INDEX = "index.json"
@@ -60,7 +61,7 @@ class LatentFolder:
             )
         if image_size not in (None, plan["image_size"]):
             raise ValueError(f"{self.root} was made at image size {plan['image_size']}, not {image_size}")
-        self._dataset = plan["dataset"]
+        self._dataset, self._digests = plan["dataset"], index["shards"]
         self.image_size, self.classes, self.shard_size = plan["image_size"], plan["classes"], plan["shard_size"]
         indices = class_indices(self.classes, num_classes, class_map)
         self.labels = [indices[target] for target in plan["folders"]]
@@ -77,6 +78,8 @@ class LatentFolder:
         """(moments float16 (2C, h, w), class index)."""
         shard, row = divmod(index, self.shard_size)
         if shard not in self._shards:
+            if sha256(shard_path(self.root, shard)) != self._digests[shard]:
+                raise ValueError(f"{shard_path(self.root, shard)} is damaged: run python -m runtime.latents again")
             self._shards[shard] = self._open(shard)
         return np.array(self._shards[shard][row, int(flipped)]), self.labels[index]
 
@@ -154,9 +157,10 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(args.destination)
         ranks.agree(lambda: claim(root, plan))
         autoencoder.network.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-        seconds, made = encode(args, ranks, autoencoder, data, root)
-        ranks.barrier()
-        ranks.agree(lambda: finish(root, plan, len(data)))
+        with exclusive(root, patience=20) if ranks.is_main else nullcontext():  # a killed run's workers linger
+            seconds, made = encode(args, ranks, autoencoder, data, root)
+            ranks.barrier()
+            ranks.agree(lambda: finish(root, plan, len(data)))
         if ranks.is_main:
             rate = f", {ranks.size * made / seconds:.1f} images/s" if made else ""
             print(
@@ -169,7 +173,8 @@ def claim(root: Path, plan: dict[str, Any]) -> None:
 
     Raises ValueError naming the first difference where the folder was made with another plan.
     """
-    if root.is_dir() and any(root.iterdir()) and not is_latent_folder(root):
+    others = [path for path in root.iterdir() if path.suffix != ".tmp"] if root.is_dir() else []
+    if others and not is_latent_folder(root):
         raise ValueError(f"{os.fspath(root)!r} holds something else than latents: choose another folder")
     before = _read_json(root / INDEX)
     if before is None:
@@ -178,7 +183,7 @@ def claim(root: Path, plan: dict[str, Any]) -> None:
         return
     found = before.get("plan", {})
     for name, value in plan.items():
-        if found.get(name) != value:
+        if name != "autoencoder_name" and found.get(name) != value:
             shown = "" if isinstance(value, list) else f" {found.get(name)!r}, not {value!r}"
             raise ValueError(f"{os.fspath(root)!r} was made with another {name.replace('_', ' ')}{shown}")
 
@@ -230,6 +235,7 @@ def finish(root: Path, plan: dict[str, Any], count: int) -> None:
     digests = [shard_path(root, shard).with_suffix(".sha256").read_text() for shard in shards]
     with atomic_write(root / INDEX) as file:
         file.write(json.dumps({"plan": plan, "shards": digests}).encode())
+    remove_leftovers(root)
 
 
 def _is_whole(root: Path, shard: int) -> bool:
@@ -244,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not an index of latents")

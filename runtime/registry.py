@@ -15,8 +15,9 @@ class RemoteFile:
 
     path: str
     urls: tuple[str, ...]
-    size: int | None = None  # bytes
+    size: int | None = None  # bytes, enforced
     sha256: str | None = None
+    about: int | None = None  # bytes, roughly, where the size is not published: parameters times four
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def _autoencoder(repository: str, about: str) -> Asset:
         licence="MIT",
         advice="--vae-ckpt FOLDER",
         files=tuple(
-            RemoteFile(f"{repository}/{name}", (f"{source}/{name}",))
-            for name in ("config.json", "diffusion_pytorch_model.safetensors")
+            RemoteFile(f"{repository}/{name}", (f"{source}/{name}",), about=about)
+            for name, about in (("config.json", 1_000), ("diffusion_pytorch_model.safetensors", 334_600_000))
         ),
     )
 
@@ -61,6 +62,7 @@ ASSETS = {
                     "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
                     "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
                 ),
+                about=2_700_000_000,
             ),
         ),
     ),
@@ -68,7 +70,13 @@ ASSETS = {
         about="FlowTurbo's velocity refiner for SiT-XL/2, 29 M parameters",
         licence="MIT (that of the release)",
         advice="--refiner-ckpt FILE",
-        files=(RemoteFile("SiT-XL-2-Refiner.pt", ("https://cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1",)),),
+        files=(
+            RemoteFile(
+                "SiT-XL-2-Refiner.pt",
+                ("https://cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1",),
+                about=119_000_000,
+            ),
+        ),
     ),
     "vae-ema": _autoencoder("sd-vae-ft-ema", "the one of SiT and FlowTurbo"),
     "vae-mse": _autoencoder("sd-vae-ft-mse", "smoother images"),

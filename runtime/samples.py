@@ -6,6 +6,7 @@ all. What is missing is found by asking for each k, never by counting what lies 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files import atomic_write, sha256
+from runtime.files import atomic_write, remove_leftovers, sha256
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # archives of equal content are equal byte for byte
 
@@ -46,16 +47,23 @@ class SampleFolder:
         Raises ValueError naming the first difference where the folder was made with other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         record = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
+        for output in (self.archive, self.features):
+            for leftover in output.parent.glob(f".{glob.escape(output.name)}.*"):
+                leftover.unlink(missing_ok=True)
         if not record.exists():
+            for path in (self.archive, self.features, *self.folder.glob("[!.]*")):
+                if path.exists():
+                    raise ValueError(f"{path} is there and not of this run: choose another --tag or remove it")
             with atomic_write(record) as file:
                 file.write(json.dumps({"settings": settings}, indent=2).encode())
             return False
         try:
             found = json.loads(record.read_text())
             before, digests = dict(found["settings"]), dict(found.get("outputs", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{record} is damaged; remove the folder or choose another --tag") from None
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
@@ -70,7 +78,7 @@ class SampleFolder:
 
     def complete(self, settings: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         """Record the outputs' digests, then drop the micro-batch files."""
-        digests = {path.name: sha256(path) for path in outputs}
+        digests = {os.fspath(path.relative_to(self.folder.parent)): sha256(path) for path in outputs}
         with atomic_write(self.folder / "settings.json") as file:
             file.write(json.dumps({"settings": settings, "outputs": digests}, indent=2).encode())
         for k in range(self.batches):

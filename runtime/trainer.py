@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runtime.checkpoint import load_checkpoint, load_weights, save_checkpoint, weights_of
+from runtime.checkpoint import is_plain, load_checkpoint, load_weights, save_checkpoint, weights_of
 from runtime.data import MICRO_BATCHES, Batch
 from runtime.distributed import World
 
@@ -56,13 +56,45 @@ class State:
         content = load_checkpoint(path)
         if not {"model", "ema", "opt", "step"} <= content.keys():
             raise ValueError(f"checkpoint {str(path)!r} holds weights only: --resume needs one written by train.py")
-        load_weights(self.model, weights_of(content, path, prefer_ema=False), path)
-        load_weights(self.ema, weights_of(content, path), path)
-        self.optimizer.load_state_dict(content["opt"])
-        if content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = int(content["step"])
-        return content.get("config", {})
+        load_weights(self.model, weights_of({"model": content["model"]}, path), path)
+        load_weights(self.ema, weights_of({"ema": content["ema"]}, path), path)
+        _load_moments(self.optimizer, content["opt"], path)
+        scaler, step, config = content.get("scaler", {}), content["step"], content.get("config", {})
+        numbers = isinstance(scaler, Mapping) and all(type(value) in (int, float) for value in scaler.values())
+        if not (numbers and type(step) is int and step >= 0 and isinstance(config, Mapping)):
+            raise ValueError(f"checkpoint {str(path)!r} is damaged: its step, scaler or config is none")
+        if self.scaler.is_enabled() and self.scaler.state_dict().keys() == scaler.keys():
+            self.scaler.load_state_dict(dict(scaler))
+        self.step = step
+        return dict(config)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: object, path: Path) -> None:
+    """Take over AdamW's moments; its settings stay those of this run.
+
+    Raises ValueError where they are not those of the same parameters, or not finite.
+    """
+    ours = optimizer.state_dict()["param_groups"]
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+
+    def fits(entry: object, shape: torch.Size) -> bool:
+        return (
+            isinstance(entry, Mapping)
+            and entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and all(is_plain(value) and bool(torch.isfinite(value).all()) for value in entry.values())
+            and entry["step"].shape == ()
+            and entry["exp_avg"].shape == entry["exp_avg_sq"].shape == shape
+        )
+
+    moments = state.get("state") if isinstance(state, Mapping) else None
+    if not isinstance(moments, Mapping) or len(moments) not in (
+        0,
+        len(shapes),
+    ):  # none after skipped fp16 steps alone
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: its optimizer is of other parameters")
+    if moments and not all(fits(moments.get(index), shape) for index, shape in enumerate(shapes)):
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: its optimizer's moments do not fit the parameters")
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": ours})
 
 
 class Update(NamedTuple):
@@ -117,7 +149,9 @@ def update(
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     loss, stops = total[-2:].tolist()
-    if not math.isfinite(loss) or not (state.scaler.is_enabled() or torch.isfinite(norm)):
+    # In fp16 the scaler skips steps whose gradient overflows until its scale fits; below 1 that is not the reason.
+    forgiven = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
+    if not math.isfinite(loss) or not (forgiven or torch.isfinite(norm)):
         raise FloatingPointError(
             f"step {state.step + 1}: the loss is {loss} and its gradient's norm {norm.item()}; stopped before the "
             "update (lower --lr, set --clip-grad or --warmup, or take --precision fp32)"

@@ -78,3 +78,11 @@ def test_folders_become_the_models_classes(folders, classes, indices):
 def test_folders_that_fit_no_classes_are_refused(folders, classes, message):
     with pytest.raises(ValueError, match=message):
         class_indices(folders, classes)
+
+
+def test_numbered_folders_mean_their_numbers():
+    names = sorted(str(i) for i in range(12))
+    assert class_indices(names, None) == [int(name) for name in names]
+    assert class_indices(["0", "7"], 10) == [0, 7]
+    with pytest.raises(ValueError, match="nothing says which"):
+        class_indices(["0", "70"], 10)

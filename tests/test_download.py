@@ -568,7 +568,7 @@ def test_the_list(tmp_path, capsys):
     text = capsys.readouterr().out
     assert str(cache) in text
     assert re.search(r"^sit-xl-2-256 +2\.7 MB +here$", text, re.MULTILINE)
-    assert re.search(r"^sit-xl-2-refiner +size unknown +not here$", text, re.MULTILINE)
+    assert re.search(r"^sit-xl-2-refiner +about 119\.0 MB +not here$", text, re.MULTILINE)
     assert re.search(r"^adm-imagenet-256 +2\.04 GB +incomplete, 0\.0 MB so far$", text, re.MULTILINE)
     assert re.search(r"^inception +95\.6 MB +not here$", text, re.MULTILINE)
     for asset in ASSETS.values():
@@ -643,7 +643,7 @@ def test_a_model_card(run, tmp_path):
     download.main(["export", str(run / "checkpoints" / "0000005.pt"), "-o", str(out), "--dtype", "fp16"])
     text = out.with_suffix(".md").read_text()
     assert "FlowTurbo velocity refiner: averaged (EMA) weights after 5 steps, float16" in text
-    assert "--predictor-ckpt teacher.pt --refiner-ckpt mine.safetensors --schedule H1P5R3 --vae-ckpt vae-ema" in text
+    assert "--predictor-ckpt PREDICTOR --refiner-ckpt mine.safetensors --schedule H1P5R3 --vae-ckpt vae-ema" in text
     assert sha(out.read_bytes()) in text
     assert "| hidden_size | 32 |" in text
     assert "| lr | 5e-05 |" in text

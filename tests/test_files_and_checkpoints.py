@@ -397,3 +397,19 @@ def test_a_folder_is_claimed_for_one_set_of_settings(tmp_path):
         (tmp_path / "set" / "settings.json").write_text(damage, errors="surrogateescape")
         with pytest.raises(ValueError, match=r"settings\.json is damaged"):
             folder.claim(settings)
+
+
+def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=1)
+
+    def save(step):
+        folder.record(folder.path(step), save_checkpoint(folder.path(step), {"step": step}))
+
+    save(1000)
+    save(2000)
+    assert not folder.path(1000).exists()
+    folder.path(2000).write_bytes(b"damaged")
+    save(1100)  # resumed from an earlier one
+    save(1200)
+    assert folder.newest(lambda text: None) == folder.path(1200)
+    assert not folder.path(1100).exists()

@@ -18,7 +18,7 @@ from runtime.checkpoint import load_checkpoint
 
 @pytest.fixture(scope="module")
 def two_classes(tmp_path_factory):
-    """Bright disks and dark crosses, 12x10 RGB, 20 each."""
+    """Bright disks and dark crosses, 20 each, RGB of 12x10 and 12x9."""
     root = tmp_path_factory.mktemp("recipe") / "data"
     random = np.random.default_rng(0)
     y, x = np.mgrid[:10, :12]
@@ -26,6 +26,7 @@ def two_classes(tmp_path_factory):
         (root / name).mkdir(parents=True)
         for i in range(20):
             pixels = np.where(shape[..., None], level, 10) + random.integers(0, 20, (10, 12, 3))
+            pixels = pixels[: 9 + i % 2]
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
     return root
 
@@ -65,15 +66,12 @@ def test_both_models_on_a_two_class_folder_then_samples_and_their_evaluation(two
     assert images[1::2].mean() > images[0::2].mean() + 15
 
     statistics, report = tmp_path / "mine.npz", tmp_path / "report.json"
-    resized = tmp_path / "resized"
-    data = train.ClassFolder(two_classes, 8)
-    resized.mkdir()
-    for i in range(len(data)):
-        Image.fromarray(data.read(i, False)[0].transpose(1, 2, 0)).save(resized / f"{i}.png")
-    evaluator.main(["stats", str(resized), "-o", str(statistics), "--extractor", "pixels"])
+    with pytest.raises(ValueError, match="--image-size"):  # the images are of two sizes
+        evaluator.main(["stats", str(two_classes), "-o", str(statistics), "--extractor", "pixels"])
+    evaluator.main(["stats", str(two_classes), "-o", str(statistics), "--extractor", "pixels", "--image-size", "8"])
     evaluator.main([str(statistics), str(made.archive), "--extractor", "pixels", "--json", str(report)])
     assert json.loads(report.read_text())["metrics"]["FID"]["value"] > 0
-    assert "N = 40" in capsys.readouterr().out
+    assert "N = 40, labels balanced" in capsys.readouterr().out
 
 
 def test_a_session_limit_stops_with_a_checkpoint_and_auto_resumes(two_classes, tmp_path):

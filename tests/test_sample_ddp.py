@@ -77,7 +77,7 @@ def test_pictures_and_preview_show_the_archive(reference):
     assert names == [f"{i:06d}.png" for i in range(COUNT)]
     for number, image in enumerate(images(folder)):
         assert np.array_equal(np.asarray(Image.open(folder / "a" / "png" / f"{number:06d}.png")), image)
-    assert Image.open(folder / "a" / "preview.png").size == (8 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(folder / "a-preview.png").size == (8 * 34 + 2, 3 * 34 + 2)
 
 
 def test_features_are_those_of_the_archive(reference):
@@ -95,7 +95,7 @@ def test_features_are_those_of_the_archive(reference):
 
 def test_only_results_stay(reference):
     folder, _ = reference
-    assert sorted(p.name for p in folder.iterdir()) == ["a", "a-features.npz", "a.npz"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "a-features.npz", "a-preview.png", "a.npz"]
     assert not list(folder.rglob("*.tmp"))
     assert list((folder / "a" / "batches").iterdir()) == []
 
@@ -490,3 +490,27 @@ def test_statistics_of_ranks_are_sums(reference):
     parts[1].update(pool[5:])
     parts[0].merge(parts[1])
     torch.testing.assert_close(parts[0].gaussian().covariance, pool.double().T.cov(), atol=1e-10, rtol=0)
+
+
+def test_the_threads_of_the_machine_change_no_byte(reference, draw, tmp_path):
+    """Odd sizes are where a sum split over threads shows: the run itself says how many compute."""
+    archives = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        draw("--tag", f"t{count}", "--per-proc-batch-size", 5, "--schedule", "H2")
+        assert torch.get_num_threads() == count
+        archives.append((tmp_path / f"t{count}.npz").read_bytes())
+    assert archives[0] == archives[1]
+    with pytest.raises(ValueError, match="was made with threads 1, not 2"):
+        draw("--tag", "t1", "--per-proc-batch-size", 5, "--schedule", "H2", "--threads", 2)
+
+
+def test_files_that_are_not_of_the_run_are_not_overwritten(draw, tmp_path):
+    (tmp_path / "mine.npz").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"mine\.npz is there and not of this run"):
+        draw("--tag", "mine")
+    assert (tmp_path / "mine.npz").read_bytes() == b"precious"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"notes\.txt is there and not of this run"):
+        draw("--tag", "other")

@@ -34,8 +34,8 @@ class FlowTurbo:
     """Samples along a schedule of Heun, pseudo corrector, refiner and Euler blocks.
 
     `predictor(x, t, y, drop)` and `refiner(x, t, v, y, drop)` are SiT and VelocityRefiner or anything like them;
-    a schedule without R needs no refiner. `refiner_step` is one of "released", "consistent", "single"
-    (`transport.integrators.refiner_step`). Guidance arguments as in `Guidance`.
+    a schedule without R needs no refiner; `path` is the one they were trained on. `refiner_step` is one of
+    "released", "consistent", "single" (`transport.integrators.refiner_step`). Guidance arguments as in `Guidance`.
     Raises ValueError for a schedule with R but no refiner, and for what Schedule and Guidance refuse.
     """
 
@@ -48,6 +48,7 @@ class FlowTurbo:
         refiner_step: str = "released",
         cfg_channels: int | str = 3,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
+        path: Path = PATHS["linear"],
     ):
         self.schedule = Schedule.parse(schedule)
         check_refiner_step(refiner_step)
@@ -55,6 +56,7 @@ class FlowTurbo:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
         self.predictor, self.refiner, self.refiner_step = predictor, refiner, refiner_step
         self.guidance = Guidance(cfg_scale, cfg_channels, cfg_interval)
+        self.path = path
 
     def __str__(self) -> str:
         return str(self.schedule)
@@ -77,12 +79,13 @@ class FlowTurbo:
     def trajectory(self, z: Tensor, y: Tensor) -> Iterator[Step]:
         """As `sample`, but yields the Step (state and velocity) after each block."""
         check_batch(z, y, self.predictor)
+        start, end = self.path.interval
         yield from integrate(
             self.guidance.velocity(self.predictor, y),
             z,
             self.schedule.blocks,
             # Python floats: exact, and the networks' inputs are made from them without waiting for a device.
-            self.schedule.times(torch.float64).tolist(),
+            [start + (end - start) * t for t in self.schedule.times(torch.float64).tolist()],
             offset=self.guidance.offset(self.refiner, y) if self.refiner is not None else None,
             refiner_form=self.refiner_step,
         )
@@ -203,7 +206,8 @@ def make_sampler(
         return ODESampler(predictor, guidance, path=path, atol=atol, rtol=rtol)
     if sde := re.fullmatch(r"sde(\d{0,9})", name):
         return SDESampler(predictor, guidance, path=path, steps=int(sde[1] or 250), diffusion=diffusion)
-    return FlowTurbo(predictor, refiner, text, guidance.scale, refiner_step, guidance.channels, guidance.interval)
+    shape = (guidance.scale, refiner_step, guidance.channels, guidance.interval)
+    return FlowTurbo(predictor, refiner, text, *shape, path=path)
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:

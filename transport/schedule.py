@@ -19,7 +19,7 @@ GRAMMAR = (
     'groups in brackets repeated by xK; R needs a block before it. Examples: "H1P5R3", "P5R7H3", "[H1P1R1]x2"'
 )
 
-_TOKEN = re.compile(r"([HPRE])(\d+)|(\[)|(\])(?:X(\d+))?")
+_TOKEN = re.compile(r"([HPRE])([0-9]+)|(\[)|(\])(?:X([0-9]+))?")
 _LONGEST = 10_000
 
 

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             loss_of = make_loss(args, model, teacher, autoencoder, dtype)
             fit(args, ranks, state, loader, loss_of, stop, log, save, draw, total)
             ranks.barrier()
-            if state.step == total:
+            if state.step >= total:
                 log.say(f"done: {folder}")
                 return
             why = stop.signal or ("the time limit" if stop.late else "another rank's signal")

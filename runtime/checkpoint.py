@@ -44,7 +44,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path!r} does not exist")
-    check_digest(path)
+    verified = check_digest(path)
     try:
         if path.endswith(".safetensors"):
             from safetensors import safe_open
@@ -57,6 +57,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if mapped:
             with zipfile.ZipFile(path) as archive:
                 _check_stored(archive, os.path.getsize(path))
+                if not verified and archive.testzip() is not None:
+                    raise ValueError("its checksums are others")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file raises nearly anything; nine types were seen
@@ -186,12 +188,13 @@ class CheckpointFolder:
             file.write(json.dumps(dict(sorted(digests.items())), indent=2).encode())
 
 
-def check_digest(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError where a checkpoint's manifest has another sha256 for it; files without one pass."""
+def check_digest(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's manifest has its sha256. Raises ValueError where it has another."""
     path = Path(path)
     digest = CheckpointFolder(path.parent).digests().get(path.name)
     if digest is not None and path.is_file() and sha256(path) != digest:
         raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: its sha256 is not the one in {MANIFEST}")
+    return digest is not None
 
 
 def newest_checkpoint(

@@ -6,8 +6,11 @@ image, whether it is flipped, its noise and its times. A run resumes exactly by 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -29,6 +32,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name says; none runs a program
 LARGEST_CROP = 2**26  # pixels that an image may have once its short side is the crop's
 ORDER_STREAM, SUBSET_STREAM = 1, 2  # of the keyed generator; stream 0 is a sample's own
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
 MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
 
@@ -257,7 +262,7 @@ def training_loader(
             f"global batch size {global_batch_size} over {world.size} ranks: needs at least {least} samples"
             + (f" and at most {MICRO_BATCHES} ranks with --exact" if exact else "")
         )
-    return DataLoader(
+    return _Loader(
         samples,
         batch_sampler=StepSampler(global_batch_size, world, first, last, exact),
         collate_fn=_as_it_is,
@@ -267,10 +272,27 @@ def training_loader(
     )
 
 
+class _Loader(DataLoader):
+    """A loader whose workers hear no signal before they have left the parent's group."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
     # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
     os.setpgrp()
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)  # forgets what came before
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    if sys.platform == "linux":  # it ends with its parent however that ends, and seconds before it would notice
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -478,7 +478,8 @@ class Corpus:
             ]
             odd += ["sde0", "sde-1", "sde1e9", "dopri", "H1;P2", "../H1", "h1" * 20_000, "[]x5"]
             text = self.dice.choice(odd)
-            return Case(f"schedule {text[:20]!r}", "schedule", self.folder, "schedule", flags=(text,))
+            name = "sde" if text.startswith("sde") else "schedule"
+            return Case(f"schedule {text[:20]!r}", "schedule", self.folder, name, flags=(text,))
 
         return [make]
 

@@ -115,6 +115,15 @@ def test_a_checkpoint_that_was_compressed_again_is_refused(tmp_path):
         load_checkpoint(tmp_path / "b.pt")
 
 
+def test_a_bit_flipped_in_a_weight_is_found_without_a_manifest(tmp_path):
+    torch.save({"model": {"w": torch.full((1000,), 0.7)}}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(torch.full((9,), 0.7).numpy().tobytes()) + 5] ^= 4
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read checkpoint .*a\.pt"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -420,7 +421,7 @@ def signals(lab: Lab) -> None:
     for _ in range(1 if lab.quick else 4):
         reached = lab.newest(folder)
         run = lab.start(folder, [], prepare=slow_saves)
-        run.wait(until=lambda run=run: any(folder.rglob(".0*.tmp")))
+        run.wait(until=lambda run=run: any(folder.rglob(f".0*.{run.pids[0]}.tmp")))
         run.signal(signal.SIGTERM)
         run.wait(1.2)
         began = time.monotonic()
@@ -675,7 +676,7 @@ def malformed(lab: Lab) -> None:
 
 def words(text: str) -> str:
     """A flag and the words of a message that mean it look alike."""
-    return " ".join(text.replace("-", " ").split())
+    return " ".join(text.replace("-", " ").lower().split())
 
 
 def little_memory(rank: int) -> None:
@@ -793,7 +794,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: {CAMPAIGNS[name].__doc__}", flush=True)
             start = time.monotonic()
             lab.begin(name)
-            CAMPAIGNS[name](lab)
+            try:
+                CAMPAIGNS[name](lab)
+            except Exception:  # what is so broken that the laboratory stumbles is a failure too
+                lab.expect(False, f"{name}: {traceback.format_exc()}")
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
     print(f"\nseed {args.seed}, {time.monotonic() - began:.0f} s")
     for part in lab.report.values():

@@ -19,6 +19,7 @@ from PIL import Image
 from evaluation.archive import Archive
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name says; none runs a program
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 Crop = Callable[[Image.Image], Image.Image]
 MAX_PIXELS = 1 << 26  # below where Pillow warns of decompression bombs
@@ -95,7 +96,7 @@ def read_image(path: Path, crop: Crop | None = None) -> np.ndarray:
     ValueError naming the file when it is damaged or something else.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
             if image.mode not in EIGHT_BIT_MODES:

@@ -54,7 +54,7 @@ class LatentFolder:
         index = _read_json(self.root / INDEX)
         if not isinstance(index, dict) or "shards" not in index:
             raise ValueError(f"{self.root} holds no finished latents: run python -m runtime.latents again")
-        plan = index["plan"]
+        plan = _checked_plan(self.root, index)
         if plan["autoencoder"] != autoencoder.fingerprint():
             raise ValueError(
                 f"{self.root} was made with another autoencoder ({plan['autoencoder_name']}) than this one"
@@ -92,6 +92,26 @@ class LatentFolder:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             raise ValueError(f"{path} is missing or damaged: run python -m runtime.latents again") from None
+
+
+def _checked_plan(root: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The plan in a finished index. Raises ValueError where it is anything but what `main` writes."""
+    plan: Any = index.get("plan")
+    shards = index["shards"]
+    texts = ("dataset", "autoencoder", "autoencoder_name")
+    whole = (
+        isinstance(plan, dict)
+        and all(isinstance(plan.get(name), str) for name in texts)
+        and all(type(plan.get(name)) is int and plan[name] > 0 for name in ("image_size", "shard_size"))
+        and all(isinstance(plan.get(name), list) for name in ("classes", "folders"))
+        and all(isinstance(name, str) for name in plan["classes"])
+        and all(type(target) is int and 0 <= target < len(plan["classes"]) for target in plan["folders"])
+        and isinstance(shards, list)
+        and len(shards) == -(-len(plan["folders"]) // plan["shard_size"]) > 0
+    )
+    if not whole:
+        raise ValueError(f"{root / INDEX} is damaged: run python -m runtime.latents again")
+    return plan
 
 
 def is_latent_folder(path: str | os.PathLike[str]) -> bool:

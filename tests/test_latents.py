@@ -170,3 +170,35 @@ def test_a_class_map_says_what_the_folders_are(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError):
             train.read_class_map(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": 3},
+        {"classes": []},
+        {"folders": [7] * 14},
+        {"shard_size": 0},
+        {"image_size": "16"},
+        {"dataset": None},
+    ],
+    ids=str,
+)
+def test_an_index_that_makes_no_sense_is_named(folder, tmp_path, change):
+    index = json.loads((folder / "z" / "index.json").read_text())
+    index["plan"].update(change)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        latents.LatentFolder(tmp_path, load_autoencoder(str(folder / "vae")))
+
+
+def test_a_flipped_bit_in_a_shard_stops_the_training_that_reads_it(folder, tmp_path):
+    target = tmp_path / "z"
+    latents.main([str(folder / "images"), str(target), *flags(folder)])
+    content = bytearray((target / "00001.npy").read_bytes())
+    content[-7] ^= 1
+    (target / "00001.npy").write_bytes(content)
+    cached = latents.LatentFolder(target, load_autoencoder(str(folder / "vae")))
+    cached.read(0, False)
+    with pytest.raises(ValueError, match=r"00001\.npy is damaged"):
+        cached.read(5, False)

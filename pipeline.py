@@ -174,7 +174,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> Non
 def guidance_of(args: argparse.Namespace) -> Guidance:
     """The guidance that the sampling flags ask for. Raises ValueError for impossible values."""
     channels = args.cfg_channels
-    if channels != "all" and not re.fullmatch("[0-9]+", channels):
+    if channels != "all" and not re.fullmatch("[0-9]{1,9}", channels):
         raise ValueError(f"--cfg-channels {channels!r} must be 'all' or a number")
     return Guidance(args.cfg_scale, channels if channels == "all" else int(channels), tuple(args.cfg_interval))
 

@@ -125,6 +125,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(cli.hyphenate(argv))
     if args.num_fid_samples < 1 or args.per_proc_batch_size < 1 or args.threads < 1:
         parser.error("--num-fid-samples, --per-proc-batch-size and --threads must be at least 1")
+    if args.features not in (None, "inception", "pixels", "dinov2") and not Path(args.features).is_file():
+        parser.error(f"--features {args.features!r}: expected inception, pixels, dinov2 or a TorchScript file")
     if args.features and args.num_fid_samples < 2:
         parser.error("--features needs at least 2 images")
     if args.tag is not None and (not args.tag or "/" in args.tag or args.tag.startswith(".")):

@@ -443,6 +443,7 @@ def test_the_originals_flags_are_known():
         (["--tag", ""], "must be a word"),
         (["--tag", ".."], "must be a word"),
         (["--labels", "sorted"], "invalid choice"),
+        (["--features", "vgg"], "--features 'vgg': expected inception, pixels, dinov2 or a TorchScript file"),
         (["--num-fid-sample", "9"], "did you mean --num-fid-samples?"),
     ],
     ids=str,
@@ -461,7 +462,6 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
     [
         (["--schedule", "R1"], "cannot start with R"),
         (["--cfg-scale", "inf"], "must be a finite number"),
-        (["--features", "vgg"], "extractor vgg: expected inception, pixels, dinov2 or a TorchScript file"),
         (["--features", "pixels", "--features-weights", "x"], "belongs to inception and dinov2"),
         (["--predictor-ckpt", "gone.pt"], "missing weights: gone.pt (--predictor-ckpt)"),
     ],

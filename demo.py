@@ -1,4 +1,4 @@
-"""FlowTurbo in three minutes: real images, a trained predictor, a refiner trained on the spot, and the figures.
+"""FlowTurbo in a few minutes: real images, a trained predictor, a refiner trained on the spot, and the figures.
 
 Writes scikit-learn's 1 797 handwritten digits as a folder of classes, trains a velocity refiner for the predictor
 under assets/ through torchrun, samples Heun and FlowTurbo schedules from the same noise with

@@ -89,6 +89,21 @@ def model_config(network: SiT) -> dict:
     return {"class": type(network).__name__, **network.config}
 
 
+def load_autoencoder_of(predictor: SiT | None, name: str, device: torch.device) -> Autoencoder | NoAutoencoder:
+    """The autoencoder called `name`, for a predictor that goes with it if one is given.
+
+    Raises ValueError for another; for a model of pixels before an autoencoder is looked for.
+    """
+    if predictor is not None and name != "none" and predictor.input_shape[0] in (1, 3):
+        raise ValueError(
+            f"the predictor works on images of {predictor.input_shape[0]} channels, not latents: pass --vae-ckpt none"
+        )
+    autoencoder = load_autoencoder(name, device)
+    if predictor is not None:
+        check_match(predictor, None, autoencoder)
+    return autoencoder
+
+
 def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Autoencoder | NoAutoencoder) -> None:
     """Raises ValueError unless predictor, refiner and autoencoder speak of the same latents and classes."""
     if refiner is not None and (refiner.input_shape, refiner.num_classes) != (
@@ -229,10 +244,11 @@ def load_networks(args: argparse.Namespace, refiner: bool, device: torch.device)
 
     Raises ValueError where a file is damaged or they do not fit each other or the guidance.
     """
+    predictor = load_network(SiT, args.predictor_ckpt)
     networks = Networks(
-        load_network(SiT, args.predictor_ckpt),
+        predictor,
         load_network(VelocityRefiner, args.refiner_ckpt) if refiner else None,
-        load_autoencoder(args.vae_ckpt, device),
+        load_autoencoder_of(predictor, args.vae_ckpt, device),
         device,
         pick_precision(args.precision, device),
     )

@@ -23,7 +23,7 @@ import pipeline
 from models import SIT_CONFIGS, SiT
 from refiner import VelocityRefiner
 from runtime import cli
-from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
+from runtime.autoencoder import Autoencoder, NoAutoencoder
 from runtime.checkpoint import CheckpointFolder, newest_checkpoint
 from runtime.classes import read_class_map
 from runtime.data import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
@@ -161,8 +161,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.exact and ranks.device.type == "cpu":
             torch.set_num_threads(1)  # a split of the work over threads changes the last bits
         dtype = pipeline.pick_precision(args.precision, ranks.device)
-        autoencoder = load_autoencoder(args.vae_ckpt, ranks.device)
-        teacher = load_teacher(args, autoencoder, ranks.device)
+        teacher = pipeline.load_network(SiT, args.model_teacher_ckpt) if args.target == "refiner" else None
+        autoencoder = pipeline.load_autoencoder_of(teacher, args.vae_ckpt, ranks.device)
+        teacher = teacher.to(ranks.device) if teacher is not None else None
         data = open_data(args, teacher, autoencoder)
         model = build_model(args, teacher, data, autoencoder).to(ranks.device)
         state = State.new(model, ranks.device, args.lr, args.wd, dtype == torch.float16)
@@ -242,7 +243,7 @@ def fit(
         if done or state.step % args.log_every == 0:
             log.scalars(loss=result.loss, gradient=result.norm)
         if ranks.is_main and (done or state.step % args.ckpt_every == 0):
-            log.say(f"step {state.step}: loss {result.loss:.5f}, saved {save()}")
+            log.say(f"step {state.step}: loss {result.loss:.4g}, saved {save()}")
         if result.stop:
             return
         if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
@@ -282,17 +283,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-def load_teacher(
-    args: argparse.Namespace, autoencoder: Autoencoder | NoAutoencoder, device: torch.device
-) -> SiT | None:
-    """The predictor that a refiner learns from; none where the predictor itself is trained."""
-    if args.target == "predictor":
-        return None
-    teacher = pipeline.load_network(SiT, args.model_teacher_ckpt)
-    pipeline.check_match(teacher, None, autoencoder)
-    return teacher.to(device)
 
 
 def open_data(

@@ -203,7 +203,7 @@ def test_the_file_is_named_after_the_settings(pixel_models, tmp_path, monkeypatc
         (["--cfg-interval", "0.8", "0.2"], "must lie in 0 to 1, in this order"),
         (["--schedule", "dopri5", "--rtol", "0"], "tolerances must be positive"),
         (["--device", "cuda:77"], "is not there"),
-        (["--vae-ckpt", "vae"], "is neither a folder"),
+        (["--vae-ckpt", "vae"], "not latents: pass --vae-ckpt none"),
     ],
     ids=str,
 )
@@ -247,7 +247,7 @@ def test_networks_that_do_not_fit_are_refused(save_network, pixel_models, vae_fo
     refused(r"the refiner is made for inputs \(3, 16, 16\)", "--refiner-ckpt", larger)
     refused("holds a SiT, expected a VelocityRefiner", "--refiner-ckpt", pixel_models[1])
     refused("holds a VelocityRefiner, expected a SiT", "--predictor-ckpt", pixel_models[3])
-    refused("the autoencoder has 4 latent channels, the predictor 3", "--vae-ckpt", vae_folder)
+    refused("works on images of 3 channels, not latents: pass --vae-ckpt none", "--vae-ckpt", vae_folder)
     free = save_network(tmp_path / "c", SiT, in_channels=3, class_dropout_prob=0.0)
     refused("no null class to guide with: pass --cfg-scale 1", "--predictor-ckpt", free)
     flags = ["--predictor-ckpt", free, "--cfg-scale", 1, "--schedule", "H1P1R1", "--out", tmp_path / "out.png"]

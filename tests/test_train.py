@@ -371,7 +371,7 @@ def others(tmp_path_factory, save_network):
         ("refiner", ["--model-teacher-ckpt", "{}/wide.pt"], "works on 8x16 latents"),
         ("refiner", ["--model-teacher-ckpt", "{}/many.pt"], "2 class folders, the model 10 classes"),
         ("refiner", ["--image-size", "16"], "works on 8x8 latents, that is --image-size 8"),
-        ("refiner", ["--vae-ckpt", "vae"], "is neither a folder, an alias"),
+        ("predictor", ["--vae-ckpt", "vae"], "is neither a folder, an alias"),
         ("predictor", ["--image-size", "9"], "input_size 9x9 is not a multiple of patch_size 2"),
         ("predictor", ["--num-heads", "5"], "hidden_size 32 must be a multiple of num_heads 5"),
         ("predictor", ["--num-classes", "1"], "2 class folders, the model 1 classes"),

@@ -220,6 +220,11 @@ class TrainingSamples(Dataset):
         return Batch(*map(torch.from_numpy, arrays))
 
 
+def micro_batch(micro: int, global_batch_size: int) -> range:
+    """The positions in the global batch of micro-batch number `micro` of the exact mode."""
+    return range(global_batch_size * micro // MICRO_BATCHES, global_batch_size * (micro + 1) // MICRO_BATCHES)
+
+
 class StepSampler(Sampler[list[int]]):
     """The sample numbers of this rank's share of each step's global batch, from step `first` to `last`.
 
@@ -230,7 +235,9 @@ class StepSampler(Sampler[list[int]]):
         share = world.share(global_batch_size)
         if exact:
             micro = world.share(MICRO_BATCHES)
-            share = range(*(global_batch_size * edge // MICRO_BATCHES for edge in (micro.start, micro.stop)))
+            share = range(
+                micro_batch(micro.start, global_batch_size).start, micro_batch(micro.stop, global_batch_size).start
+            )
         self.global_batch_size, self.share = global_batch_size, share
         self.first, self.last = first, last
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.checkpoint import is_plain, load_checkpoint, load_weights, save_checkpoint, weights_of
-from runtime.data import MICRO_BATCHES, Batch
+from runtime.data import MICRO_BATCHES, Batch, micro_batch
 from runtime.distributed import World
 
 
@@ -207,11 +207,6 @@ def _exact_sum(
     for row in table[1:]:
         total += row
     return total
-
-
-def micro_batch(micro: int, global_batch_size: int) -> range:
-    """The positions in the global batch of micro-batch number `micro` of the exact mode."""
-    return range(global_batch_size * micro // MICRO_BATCHES, global_batch_size * (micro + 1) // MICRO_BATCHES)
 
 
 def _write_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:

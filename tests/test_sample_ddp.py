@@ -17,6 +17,7 @@ from PIL import Image
 
 import sample_ddp_feature as ddp
 from evaluation import FeatureSet, GaussianStatistics, ImageArchive, extract, make_extractor
+from runtime.autoencoder import NoAutoencoder
 from runtime.files import exclusive
 from runtime.samples import read_archive
 
@@ -492,15 +493,18 @@ def test_statistics_of_ranks_are_sums(reference):
     torch.testing.assert_close(parts[0].gaussian().covariance, pool.double().T.cov(), atol=1e-10, rtol=0)
 
 
-def test_the_threads_of_the_machine_change_no_byte(reference, draw, tmp_path):
-    """Odd sizes are where a sum split over threads shows: the run itself says how many compute."""
-    archives = []
+def test_the_threads_of_the_machine_change_no_byte(reference, draw, tmp_path, monkeypatch):
+    """A sum split over threads has other bits: the run itself says how many compute."""
+    archives, computing = [], []
+    original = ddp.sample_batch
+    monkeypatch.setattr(ddp, "sample_batch", lambda *a: computing.append(torch.get_num_threads()) or original(*a))
     for count in (1, 2):
         torch.set_num_threads(count)
         draw("--tag", f"t{count}", "--per-proc-batch-size", 5, "--schedule", "H2")
         assert torch.get_num_threads() == count
         archives.append((tmp_path / f"t{count}.npz").read_bytes())
     assert archives[0] == archives[1]
+    assert set(computing) == {1}
     with pytest.raises(ValueError, match="was made with threads 1, not 2"):
         draw("--tag", "t1", "--per-proc-batch-size", 5, "--schedule", "H2", "--threads", 2)
 
@@ -514,3 +518,11 @@ def test_files_that_are_not_of_the_run_are_not_overwritten(draw, tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"notes\.txt is there and not of this run"):
         draw("--tag", "other")
+
+
+def test_a_set_of_another_autoencoder_is_refused(draw, monkeypatch):
+    """By its weights, not by its name: those under a path may have changed."""
+    draw("--tag", "decoded")
+    monkeypatch.setattr(NoAutoencoder, "fingerprint", lambda self: "other")
+    with pytest.raises(ValueError, match="was made with autoencoder_sha256 None, not 'other'"):
+        draw("--tag", "decoded")

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import Mlp, PatchEmbed
+import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class SiT(nn.Module):
     """
 
     images_in = 1  # images concatenated along the channels at the input: x
+    regional = True  # torch.compile makes one graph for all blocks; False: one of the whole network
 
     def __init__(
         self,
@@ -75,13 +77,12 @@ class SiT(nn.Module):
         }
         self.input_shape = (in_channels, height, width)
         self.patch_size = patch_size
+        self.width = hidden_size
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(
-            (height, width), patch_size, in_channels * self.images_in, hidden_size, bias=True
-        )
+        self.x_embedder = PatchEmbedder(in_channels * self.images_in, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
         grid = (height // patch_size, width // patch_size)
@@ -117,7 +118,58 @@ class SiT(nn.Module):
         Raises ValueError for an x of another shape, and for `drop` on a model without a null class.
         """
         self._check_shapes(x=x)
-        return self._transform(x, t, self._labels(y, drop))
+        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), self.to_patches(x)))
+
+    def modulations(self, t: Tensor, labels: Tensor) -> Tensor:
+        """All that depends on time and class, and not on the image: adaLN's shifts, scales and gates, layer by layer.
+
+        t (N,) in [0, 1]; labels (N,) int64, num_classes for the null class. Returns (N, 6 * depth + 2, hidden_size).
+        """
+        condition = self.t_embedder(t) + self.y_embedder(labels)
+        of_blocks = [block.adaLN_modulation(condition.to(block.dtype)) for block in self.blocks]
+        modulations = torch.cat([*of_blocks, self.final_layer.adaLN_modulation(condition)], dim=1)
+        return modulations.to(condition.dtype).unflatten(1, (-1, self.width))
+
+    def evaluate(self, modulations: Tensor, *patches: Tensor) -> Tensor:
+        """The network in the space of patches, with its conditioning computed beforehand.
+
+        patches, of each image it sees, (N, T, p*p, C) as of `to_patches`; modulations as of `modulations`, N rows, or
+        2N for both branches of guidance, whose states are the same. Returns a row for each of the modulations'.
+        """
+        rows = max(map(len, patches))
+        inputs = torch.cat([p if len(p) == rows else torch.cat([p, p]) for p in patches], dim=-1)
+        inputs = inputs.to(self.x_embedder.proj.weight.dtype)  # states stay in float32 in a network all in half
+        tokens = self.x_embedder(inputs) + self.pos_embed
+        if len(tokens) < len(modulations):
+            tokens = torch.cat([tokens, tokens])
+        *of_blocks, of_final = modulations.split(6, dim=1)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            tokens = run_block(block, tokens, modulation) if self.regional else block(tokens, modulation)
+        outputs = self.final_layer(tokens, of_final).unflatten(-1, (self.patch_size**2, self.out_channels))
+        return outputs[..., : self.input_shape[0]]  # of the learned-sigma channels only the mean's half
+
+    def to_patches(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, p*p, C): T patches of p*p pixels, both in rows."""
+        patches = images.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+    def to_images(self, patches: Tensor) -> Tensor:
+        """The inverse of `to_patches`."""
+        _, height, width = self.input_shape
+        p = self.patch_size
+        images = patches.unflatten(2, (p, p)).unflatten(1, (height // p, width // p))
+        return images.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def cast(self, dtype: torch.dtype) -> SiT:
+        """The same network with the weights of its blocks, 98 % of all in SiT-XL/2, held in dtype and nothing else.
+
+        What surrounds the blocks costs next to nothing and stays in float32: in half precision it would make most
+        of the rounding error. On a CPU, attention in half precision is faster as two plain matrix products.
+        """
+        self.blocks.to(dtype)
+        for block in self.blocks:
+            block.attn.fused_attn = self.pos_embed.is_cuda or dtype == torch.float32
+        return self
 
     def _check_shapes(self, **images: Tensor) -> None:
         for name, image in images.items():
@@ -132,25 +184,25 @@ class SiT(nn.Module):
             raise ValueError("this model has no null class (class_dropout_prob is 0): it cannot drop labels")
         return torch.where(drop, self.num_classes, y)
 
-    def _transform(self, images: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        images = images.to(self.x_embedder.proj.weight.dtype)  # states stay in float32 where weights are in half
-        tokens = self.x_embedder(images) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self._unpatchify(self.final_layer(tokens, condition))
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(N, T, p*p*C_out) -> (N, C, H, W); of the learned-sigma channels only the mean's half."""
-        channels, height, width = self.input_shape
-        p = self.patch_size
-        patches = tokens.reshape(-1, height // p, width // p, p, p, self.out_channels)
-        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
-        return images[:, :channels]
+class PatchEmbedder(nn.Module):
+    """Patches -> tokens. The weight has a convolution's shape, as in the public checkpoints."""
+
+    def __init__(self, channels: int, patch_size: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, T, p*p, C) -> (N, T, D)."""
+        return F.linear(patches.flatten(2), self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
 class Block(nn.Module):
-    """A transformer block with adaptive layer norm (adaLN-Zero) conditioning."""
+    """A transformer block with adaptive layer norm (adaLN-Zero) conditioning.
+
+    Its weights may be in half precision while all else is in float32 (`SiT.cast`): the matrix products are then in
+    half, the sum that runs through the blocks is not.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -160,11 +212,24 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=_gelu_tanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        tokens = tokens + gate_attn * self.attn(modulate(self.norm1(tokens), shift_attn, scale_attn))
-        return tokens + gate_mlp * self.mlp(modulate(self.norm2(tokens), shift_mlp, scale_mlp))
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return self.adaLN_modulation[1].weight.dtype
+
+    def forward(self, tokens: Tensor, modulation: Tensor) -> Tensor:
+        """tokens (N, T, D); modulation (N, 6, D): shift, scale and gate of the attention, then of the MLP."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation[:, :, None].unbind(1)
+        inputs = modulate(self.norm1(tokens), shift_attn, scale_attn).to(self.dtype)
+        tokens = tokens + gate_attn * self.attn(inputs)
+        inputs = modulate(self.norm2(tokens), shift_mlp, scale_mlp).to(self.dtype)
+        return tokens + gate_mlp * self.mlp(inputs)
+
+
+@torch.compiler.nested_compile_region
+def run_block(block: Block, tokens: Tensor, modulation: Tensor) -> Tensor:
+    """A block's output. Within torch.compile all blocks share the compilation of one."""
+    return block(tokens, modulation)
 
 
 class FinalLayer(nn.Module):
@@ -176,8 +241,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+    def forward(self, tokens: Tensor, modulation: Tensor) -> Tensor:
+        """tokens (N, T, D) and modulation (N, 2, D) -> patches (N, T, p*p*C_out)."""
+        shift, scale = modulation[:, :, None].unbind(1)
         return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
 

@@ -22,12 +22,13 @@ from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
 from runtime.checkpoint import load_checkpoint, load_weights, weights_of
 from runtime.download import fetch, hint, is_offline, locate
 from runtime.randomness import keyed_noise
-from transport import PATHS, FlowTurbo, Guidance, ODESampler, SDESampler, make_sampler
+from transport import PATHS, FlowTurbo, Guidance, Sampler, SDESampler, make_sampler
 from transport.sampler import DIFFUSIONS
 from transport.schedule import REFINER_STEPS
 
 Network = TypeVar("Network", bound=SiT)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+QUANTIZATIONS = ("int8", "float8")
 
 
 def load_network(kind: type[Network], path: str, prefer_ema: bool = True) -> Network:
@@ -89,7 +90,9 @@ def model_config(network: SiT) -> dict:
     return {"class": type(network).__name__, **network.config}
 
 
-def load_autoencoder_of(predictor: SiT | None, name: str, device: torch.device) -> Autoencoder | NoAutoencoder:
+def load_autoencoder_of(
+    predictor: SiT | None, name: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Autoencoder | NoAutoencoder:
     """The autoencoder called `name`, for a predictor that goes with it if one is given.
 
     Raises ValueError for another; for a model of pixels before an autoencoder is looked for.
@@ -98,7 +101,7 @@ def load_autoencoder_of(predictor: SiT | None, name: str, device: torch.device) 
         raise ValueError(
             f"the predictor works on images of {predictor.input_shape[0]} channels, not latents: pass --vae-ckpt none"
         )
-    autoencoder = load_autoencoder(name, device)
+    autoencoder = load_autoencoder(name, device, dtype)
     if predictor is not None:
         check_match(predictor, None, autoencoder)
     return autoencoder
@@ -151,7 +154,23 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
         "model of pixels",
     )
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:K or cpu")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto is bf16 on CUDA, fp32 elsewhere")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the blocks' weights and the autoencoder; auto is bf16 on CUDA, fp32 elsewhere",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="the blocks' largest matrix products in 8 bits, with torchao; tells the error that it makes",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each sampling block as a static graph, on CUDA the whole trajectory; takes up to a minute first",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, cfg_scale: float) -> None:
@@ -202,10 +221,9 @@ class Networks:
     refiner: VelocityRefiner | None
     autoencoder: Autoencoder | NoAutoencoder
     device: torch.device
-    dtype: torch.dtype  # of autocast; float32 is none
 
 
-def parse_sampler(text: str) -> FlowTurbo | ODESampler | SDESampler:
+def parse_sampler(text: str) -> Sampler:
     """The sampler that a text names, without networks. Raises ValueError for what names none."""
     return make_sampler(text, lambda *_: None, lambda *_: None)
 
@@ -239,18 +257,21 @@ def check_files(args: argparse.Namespace, refiner: bool) -> None:
         )
 
 
-def load_networks(args: argparse.Namespace, refiner: bool, device: torch.device) -> Networks:
+def load_networks(
+    args: argparse.Namespace, refiner: bool, device: torch.device, say: Callable[[str], object] = print
+) -> Networks:
     """Predictor, refiner if asked for, and autoencoder from the network flags, on the device.
 
-    Raises ValueError where a file is damaged or they do not fit each other or the guidance.
+    `say` is told the error that --quantize makes. Raises ValueError where a file is damaged or they do not fit each
+    other or the guidance.
     """
     predictor = load_network(SiT, args.predictor_ckpt)
+    dtype = pick_precision(args.precision, device)
     networks = Networks(
         predictor,
         load_network(VelocityRefiner, args.refiner_ckpt) if refiner else None,
-        load_autoencoder_of(predictor, args.vae_ckpt, device),
+        load_autoencoder_of(predictor, args.vae_ckpt, device, dtype),
         device,
-        pick_precision(args.precision, device),
     )
     check_match(networks.predictor, networks.refiner, networks.autoencoder)
     trained_on = trained_path(args.predictor_ckpt)
@@ -259,13 +280,50 @@ def load_networks(args: argparse.Namespace, refiner: bool, device: torch.device)
         raise ValueError(f"the predictor was trained on the {trained_on} path, not on --path-type {args.path_type}")
     if networks.predictor.class_dropout_prob <= 0 and args.cfg_scale != 1:
         raise ValueError("this predictor has no null class to guide with: pass --cfg-scale 1")
-    networks.predictor.to(device)
-    if networks.refiner is not None:
-        networks.refiner.to(device)
+    for network in (networks.predictor, networks.refiner):
+        if network is not None:
+            network.to(device).cast(dtype)
+            if args.quantize:
+                error = quantize(network, args.quantize)
+                say(f"{type(network).__name__} in {args.quantize}: relative rms error of its output {error:.1e}")
+    if args.compile:
+        networks.autoencoder.compile()
     return networks
 
 
-def sampler_of(args: argparse.Namespace, text: str, networks: Networks) -> FlowTurbo | ODESampler | SDESampler:
+def quantize(network: SiT, kind: str) -> float:
+    """Put the matrix products of qkv, fc1 and fc2, 88 % of a block's, into "int8" or "float8", row by row.
+
+    Returns the error that it makes: the rms difference of the output for noise, relative to the output's rms.
+    Raises ValueError where torchao is missing or the device cannot compute so.
+    """
+    try:
+        import torchao.quantization as ao
+    except ImportError:
+        raise ValueError("--quantize needs torchao: pip install torchao") from None
+    config = {
+        "int8": ao.Int8DynamicActivationInt8WeightConfig,
+        "float8": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
+    }[kind]
+    device = network.pos_embed.device
+    shape = network.input_shape
+    images = [keyed_noise(k, range(1), shape).to(device) for k in range(network.images_in)]
+    t, y = torch.full((1,), 0.5, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            return network(images[0], t, *images[1:], y)
+
+    try:
+        exact = output()
+        ao.quantize_(network.blocks, config(), lambda _, name: name.endswith(("attn.qkv", "mlp.fc1", "mlp.fc2")))
+        network.regional = False  # torch's regions know no tensor subclasses
+        return float((output() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"--quantize {kind} does not work on this device: {cli.one_line(error)[:300]}") from None
+
+
+def sampler_of(args: argparse.Namespace, text: str, networks: Networks) -> Sampler:
     """The sampler that a text names, with the networks and the sampling flags."""
     return make_sampler(
         text,
@@ -277,12 +335,11 @@ def sampler_of(args: argparse.Namespace, text: str, networks: Networks) -> FlowT
         atol=args.atol,
         rtol=args.rtol,
         diffusion=args.diffusion,
+        compile=args.compile,
     )
 
 
-def sample_numbers(
-    sampler: FlowTurbo | ODESampler | SDESampler, networks: Networks, seed: int, numbers: range, classes: Tensor
-) -> Tensor:
+def sample_numbers(sampler: Sampler, networks: Networks, seed: int, numbers: range, classes: Tensor) -> Tensor:
     """Latents of the samples with these numbers and classes (N,): all noise is keyed by (seed, number)."""
     shape = networks.predictor.input_shape
     z = keyed_noise(seed, numbers, shape).to(networks.device)

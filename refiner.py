@@ -6,7 +6,6 @@ NeurIPS 2024, section 3.2.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from models import SiT
@@ -31,4 +30,5 @@ class VelocityRefiner(SiT):
         Returns (N, C, H, W). Raises ValueError for an x or v of another shape.
         """
         self._check_shapes(x=x, v=v)
-        return self._transform(torch.cat([x, v], dim=1), t, self._labels(y, drop))
+        modulations = self.modulations(t, self._labels(y, drop))
+        return self.to_images(self.evaluate(modulations, self.to_patches(x), self.to_patches(v)))

@@ -23,7 +23,7 @@ from runtime.classes import IMAGENET_CLASSES, class_index
 from runtime.distributed import pick_device
 from runtime.files import check_writable
 from runtime.images import grid, save_png, to_uint8
-from transport import FlowTurbo
+from transport import FlowTurbo, Sampler
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 
@@ -79,14 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(out)
     networks = pipeline.load_networks(args, needs_refiner, pick_device(args.device))
     classes = pick_classes(args, networks.predictor.num_classes)
-    if args.compare:  # so that the first row's time does not contain the device's start-up
-        sample_row(args, "E1R1" if needs_refiner else "E1", networks, classes[: args.batch_size])
+    warm_up = "E1R1" if needs_refiner else "E1"
+    if args.compare and not args.compile:  # so that the first row's time does not contain the device's start-up
+        sample_row(args, pipeline.sampler_of(args, warm_up, networks), networks, classes[: args.batch_size])
     rows, captions = [], []
     for text in texts:
-        row = sample_row(args, text, networks, classes)
+        sampler = pipeline.sampler_of(args, text, networks)
+        row = sample_row(args, sampler, networks, classes)
+        if args.compare and args.compile:
+            row = sample_row(args, sampler, networks, classes)  # the first contained the compilation
         rows.append(row.images)
-        captions.append(row.caption(str(pipeline.parse_sampler(text)), args.cfg_scale))
-        print(captions[-1])
+        captions.append(row.caption(f"{sampler} compiled" if args.compile else str(sampler), args.cfg_scale))
+        print(captions[-1] + (", compilation included" if args.compile and not args.compare else ""))
     if not args.compare:
         rows = list(rows[0].split(4 if len(classes) <= 8 else 8))
     save_png(out, grid(rows, captions if args.compare else ()))
@@ -114,28 +118,35 @@ def pick_classes(args: argparse.Namespace, num_classes: int) -> Tensor:
     return torch.tensor([classes[i % len(classes)] for i in range(count)])
 
 
-def sample_row(args: argparse.Namespace, text: str, networks: pipeline.Networks, classes: Tensor) -> Row:
-    """Sample and decode all images with the sampler that `text` names, in batches."""
-    sampler = pipeline.sampler_of(args, text, networks)
+def sample_row(args: argparse.Namespace, sampler: Sampler, networks: pipeline.Networks, classes: Tensor) -> Row:
+    """Sample and decode all images, in batches."""
     images, seconds = [], 0.0
     starts = range(0, len(classes), args.batch_size)
-    total = sum(sampler.evaluations()) * len(starts) if isinstance(sampler, FlowTurbo) else None
+    planned = sum(sampler.evaluations()) if isinstance(sampler, FlowTurbo) else None
     with (
-        tqdm(total=total, unit="evaluation", desc=str(sampler), leave=False, dynamic_ncols=True) as bar,
+        tqdm(
+            total=planned and planned * len(starts),
+            unit="evaluation",
+            desc=str(sampler),
+            leave=False,
+            dynamic_ncols=True,
+        ) as bar,
         pipeline.CallCounter(networks.predictor, bar.update) as of_predictor,
         pipeline.CallCounter(networks.refiner, bar.update) as of_refiner,
-        pipeline.autocast(networks.device, networks.dtype),
     ):
-        for start in starts:
+        for k, start in enumerate(starts):
             numbers = range(start, min(start + args.batch_size, len(classes)))
             _wait(networks.device)
             begin = time.perf_counter()
             latents = pipeline.sample_numbers(sampler, networks, args.seed, numbers, classes[start : numbers.stop])
             _wait(networks.device)
             seconds += time.perf_counter() - begin
+            if planned:
+                bar.update(planned * (k + 1) - bar.n)  # a static graph does not call the counters
             images.append(to_uint8(networks.autoencoder.decode(latents)).cpu())
-    evaluations = (of_predictor.count // len(starts), of_refiner.count // len(starts))
-    return Row(torch.cat(images), evaluations, seconds)
+    counted = (of_predictor.count // len(starts), of_refiner.count // len(starts))
+    compiled = isinstance(sampler, FlowTurbo) and sampler.compiled is not None
+    return Row(torch.cat(images), sampler.evaluations() if compiled else counted, seconds)
 
 
 def _wait(device: torch.device) -> None:

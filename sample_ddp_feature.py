@@ -35,6 +35,7 @@ from runtime.files import exclusive, sha256
 from runtime.images import grid, save_png, to_pil, to_uint8
 from runtime.randomness import keyed_generator
 from runtime.samples import SampleFolder
+from transport import Sampler
 
 PREVIEW = 64  # images in the preview grid
 LABEL_STREAM = 2**63  # of the keyed generator; stream 0 is the noise, those from 1 on the SDE's steps
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> Summary:
     pipeline.check_files(args, needs_refiner)
     # Nobody waits for another rank while sampling; at the end the slowest may be far behind.
     with world(args.device, timeout=timedelta(days=7)) as ranks, threads(args.threads):
-        networks = pipeline.load_networks(args, needs_refiner, ranks.device)
+        say = print if ranks.is_main else lambda _: None
+        networks = pipeline.load_networks(args, needs_refiner, ranks.device, say)
         extractor = (
             pipeline.load_extractor(args.features, ranks.device, args.features_weights) if args.features else None
         )
@@ -149,7 +151,7 @@ def settings_of(
 
     def describe() -> dict:
         names = ("num_fid_samples", "per_proc_batch_size", "labels", "cfg_scale", "cfg_channels", "refiner_step")
-        names += ("path_type", "atol", "rtol", "diffusion", "seed")
+        names += ("path_type", "atol", "rtol", "diffusion", "seed", "quantize", "compile")
         refiner = sha256(args.refiner_ckpt) if pipeline.needs_refiner(args.schedule) else None
         return {
             **{name: getattr(args, name) for name in names},
@@ -188,7 +190,8 @@ def generate(
     """
     mine = range(ranks.rank, samples.batches, ranks.size)
     bar = tqdm(total=samples.count, unit="img", disable=not ranks.is_main, dynamic_ncols=True, desc="sampling")
-    with bar, ThreadPoolExecutor(1) as writer, pipeline.autocast(ranks.device, networks.dtype):
+    sampler = pipeline.sampler_of(args, args.schedule, networks)
+    with bar, ThreadPoolExecutor(1) as writer:
         written: Future | None = None
         seconds: list[float] = []
         for k in mine:
@@ -196,7 +199,7 @@ def generate(
             if not is_done(args, samples, k):
                 classes = [label_of(args.seed, i, networks.predictor.num_classes, args.labels) for i in numbers]
                 begin = time.perf_counter()
-                images = sample_batch(args, networks, numbers, torch.tensor(classes))
+                images = sample_batch(args, networks, sampler, numbers, torch.tensor(classes))
                 seconds.append(time.perf_counter() - begin)
                 arrays = {"images": images.permute(0, 2, 3, 1).contiguous(), "labels": torch.tensor(classes)}
                 if extractor is not None:
@@ -242,17 +245,17 @@ def write_batch(args: argparse.Namespace, samples: SampleFolder, k: int, arrays:
     samples.write(k, arrays)
 
 
-def sample_batch(args: argparse.Namespace, networks: pipeline.Networks, numbers: range, classes: Tensor) -> Tensor:
+def sample_batch(
+    args: argparse.Namespace, networks: pipeline.Networks, sampler: Sampler, numbers: range, classes: Tensor
+) -> Tensor:
     """uint8 images (N, C, H, W), on the host, of the samples with these numbers and classes."""
-    sampler = pipeline.sampler_of(args, args.schedule, networks)
     latents = pipeline.sample_numbers(sampler, networks, args.seed, numbers, classes)
     return to_uint8(networks.autoencoder.decode(latents)).cpu()
 
 
 def features_of(extractor: Extractor, images: Tensor) -> dict[str, Tensor]:
     """The features that the extractor has, by name. Grey images become three equal channels."""
-    with torch.autocast(images.device.type, enabled=False):
-        features = extractor(images.expand(-1, 3, -1, -1))
+    features = extractor(images.expand(-1, 3, -1, -1))
     return {name: value for name, value in features._asdict().items() if value is not None}
 
 

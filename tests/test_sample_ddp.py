@@ -201,11 +201,11 @@ def interrupt_after(monkeypatch, batches):
     """The run breaks off before the micro-batch after so many; returns the starts of those it made."""
     original, made = ddp.sample_batch, []
 
-    def limited(args, networks, numbers, classes):
+    def limited(args, networks, sampler, numbers, classes):
         if len(made) == batches:
             raise Interrupted
         made.append(numbers.start)
-        return original(args, networks, numbers, classes)
+        return original(args, networks, sampler, numbers, classes)
 
     monkeypatch.setattr(ddp, "sample_batch", limited)
     return made
@@ -334,7 +334,7 @@ def test_exactly_as_many_images_as_asked_for(reference, draw, tmp_path, count):
 def test_labels_are_drawn_by_key_or_in_turn(draw, monkeypatch):
     classes = []
     original = ddp.sample_batch
-    monkeypatch.setattr(ddp, "sample_batch", lambda *a: classes.extend(a[3].tolist()) or original(*a))
+    monkeypatch.setattr(ddp, "sample_batch", lambda *a: classes.extend(a[4].tolist()) or original(*a))
     draw("--labels", "balanced", tag="b")
     assert classes == [i % 10 for i in range(20)]
     classes.clear()

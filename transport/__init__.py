@@ -7,7 +7,7 @@ to 1 (data) everywhere.
 from transport.guidance import Guidance
 from transport.losses import flow_matching_loss, refiner_loss, refiner_times
 from transport.path import PATHS, Path
-from transport.sampler import FlowTurbo, ODESampler, SDESampler, make_sampler
+from transport.sampler import FlowTurbo, ODESampler, Sampler, SDESampler, make_sampler
 from transport.schedule import Schedule
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ODESampler",
     "Path",
     "SDESampler",
+    "Sampler",
     "Schedule",
     "flow_matching_loss",
     "make_sampler",

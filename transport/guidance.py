@@ -43,10 +43,7 @@ class Guidance:
 
     def combine(self, both: Tensor) -> Tensor:
         """Predictions of both branches (2N, C, H, W), conditional first -> the guided ones, in the same layout."""
-        condition, null = both.chunk(2)
-        channels = both.shape[1] if self.channels == "all" else int(self.channels)
-        guided = null[:, :channels] + self.scale * (condition[:, :channels] - null[:, :channels])
-        return torch.cat([torch.cat([guided, half[:, channels:]], dim=1) for half in (condition, null)])
+        return guide(both, self.scale, self.channels)
 
     def velocity(self, predictor: Callable[..., Tensor], y: Tensor) -> Velocity:
         """The guided v(x, t) of a predictor(x, t, y, drop) for labels y (N,): N rows, or 2N where guided."""
@@ -69,6 +66,16 @@ class Guidance:
             return self.combine(refiner(x, _rows(t, x), match_rows(v, len(x)), labels, drop).to(x.dtype))
 
         return delta
+
+
+def guide(both: Tensor, scale: float | Tensor, channels: int | str, dim: int = 1) -> Tensor:
+    """`Guidance.combine` with the channels along `dim`, and a scale that may be a tensor."""
+    condition, null = both.chunk(2)
+    channels = both.shape[dim] if channels == "all" else min(int(channels), both.shape[dim])
+    c, n = (half.narrow(dim, 0, channels) for half in (condition, null))
+    guided = n + scale * (c - n)
+    rest = both.shape[dim] - channels
+    return torch.cat([torch.cat([guided, half.narrow(dim, channels, rest)], dim) for half in (condition, null)])
 
 
 def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

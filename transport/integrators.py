@@ -9,14 +9,14 @@ Source: FlowTurbo, Algorithm 1 and equations 5-7 (pseudo corrector), 8-13 (refin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transport.schedule import check_refiner_step
 
-Time = Tensor | float
+Time = Any  # a float, a tensor, or anything else with which t1 - t0 is one, as compiled.Instant
 Velocity = Callable[[Tensor, Time], Tensor]  # (x, t) -> v
 Offset = Callable[[Tensor, Time, Tensor], Tensor]  # (x, t, v) -> Δv
 
@@ -69,6 +69,28 @@ def refiner_step(offset: Offset, x: Tensor, t0: Time, t1: Time, v: Tensor, form:
     return Step(step.x, d) if form == "released" else step
 
 
+def take_step(
+    block: str,
+    velocity: Velocity,
+    offset: Offset | None,
+    x: Tensor,
+    t0: Time,
+    t1: Time,
+    v: Tensor | None,
+    refiner_form: str = "released",
+) -> Step:
+    """The step that a block's letter names; v is what the step before handed on, None at the start."""
+    if block == "E":
+        return euler_step(velocity, x, t0, t1)
+    if block == "H":
+        return heun_step(velocity, x, t0, t1)
+    if block == "P":
+        return pseudo_corrector_step(velocity, x, t0, t1, v)
+    assert offset is not None
+    assert v is not None  # Schedule refuses a leading R
+    return refiner_step(offset, x, t0, t1, v, refiner_form)
+
+
 def integrate(
     velocity: Velocity,
     x: Tensor,
@@ -89,16 +111,7 @@ def integrate(
         raise ValueError(f"{len(blocks)} steps need {len(blocks) + 1} times, got {len(times)}")
     v = None
     for block, t0, t1 in zip(blocks, times[:-1], times[1:], strict=True):
-        if block == "E":
-            x, v = euler_step(velocity, x, t0, t1)
-        elif block == "H":
-            x, v = heun_step(velocity, x, t0, t1)
-        elif block == "P":
-            x, v = pseudo_corrector_step(velocity, x, t0, t1, v)
-        else:
-            assert offset is not None
-            assert v is not None  # Schedule refuses a leading R
-            x, v = refiner_step(offset, x, t0, t1, v, refiner_form)
+        x, v = take_step(block, velocity, offset, x, t0, t1, v, refiner_form)
         yield Step(x, v)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from transport.compiled import CompiledTrajectory
 from transport.guidance import Guidance
 from transport.integrators import Step, integrate
 from transport.path import PATHS, Path
@@ -36,7 +37,11 @@ class FlowTurbo:
     `predictor(x, t, y, drop)` and `refiner(x, t, v, y, drop)` are SiT and VelocityRefiner or anything like them;
     a schedule without R needs no refiner; `path` is the one they were trained on. `refiner_step` is one of
     "released", "consistent", "single" (`transport.integrators.refiner_step`). Guidance arguments as in `Guidance`.
-    Raises ValueError for a schedule with R but no refiner, and for what Schedule and Guidance refuse.
+    `compile` makes every block a static graph, and on CUDA the whole trajectory one (`transport.compiled`), for
+    networks that offer what `PatchNetwork` lists; the first batch of a shape then takes longer. `decode`, a function
+    of latents, is applied to what `sample` returns, within the same graph.
+    Raises ValueError for a schedule with R but no refiner, for networks that cannot be compiled, and for what
+    Schedule and Guidance refuse.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class FlowTurbo:
         cfg_channels: int | str = 3,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
         path: Path = PATHS["linear"],
+        compile: bool = False,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.schedule = Schedule.parse(schedule)
         check_refiner_step(refiner_step)
@@ -56,7 +63,15 @@ class FlowTurbo:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
         self.predictor, self.refiner, self.refiner_step = predictor, refiner, refiner_step
         self.guidance = Guidance(cfg_scale, cfg_channels, cfg_interval)
-        self.path = path
+        self.path, self.decode = path, decode
+        # Python floats: exact, and the networks' inputs are made from them without waiting for a device.
+        start, end = path.interval
+        self.times = [start + (end - start) * t for t in self.schedule.times(torch.float64).tolist()]
+        self.compiled: CompiledTrajectory | None = None
+        if compile:
+            self.compiled = CompiledTrajectory(
+                predictor, refiner, self.schedule.blocks, self.times, self.guidance, refiner_step, decode
+            )
 
     def __str__(self) -> str:
         return str(self.schedule)
@@ -69,23 +84,28 @@ class FlowTurbo:
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
         """Latents at t = 1 from noise z (N, C, H, W) and labels y (N,) int64; the shape and dtype of z.
 
-        Raises ValueError for labels that are not one int64 in the predictor's classes for each row of z.
+        With `decode`, what it makes of them. Raises ValueError for labels that are not one int64 in the predictor's
+        classes for each row of z, and with `compile` where this machine cannot.
         """
+        if self.compiled is not None:
+            check_batch(z, y, self.predictor)
+            return self.compiled.sample(z, y)
         for step in self.trajectory(z, y):
             z = step.x
-        return z
+        return z if self.decode is None else self.decode(z)
 
     @torch.no_grad()
     def trajectory(self, z: Tensor, y: Tensor) -> Iterator[Step]:
-        """As `sample`, but yields the Step (state and velocity) after each block."""
+        """As `sample`, but yields the Step (state and velocity, not decoded) after each block."""
         check_batch(z, y, self.predictor)
-        start, end = self.path.interval
+        if self.compiled is not None:
+            yield from self.compiled.trajectory(z, y)
+            return
         yield from integrate(
             self.guidance.velocity(self.predictor, y),
             z,
             self.schedule.blocks,
-            # Python floats: exact, and the networks' inputs are made from them without waiting for a device.
-            [start + (end - start) * t for t in self.schedule.times(torch.float64).tolist()],
+            self.times,
             offset=self.guidance.offset(self.refiner, y) if self.refiner is not None else None,
             refiner_form=self.refiner_step,
         )
@@ -184,6 +204,9 @@ class SDESampler:
         raise AssertionError("unreachable")
 
 
+Sampler = FlowTurbo | ODESampler | SDESampler
+
+
 def make_sampler(
     text: str,
     predictor: Network,
@@ -195,19 +218,22 @@ def make_sampler(
     atol: float = 1e-6,
     rtol: float = 1e-3,
     diffusion: str = "sigma",
-) -> FlowTurbo | ODESampler | SDESampler:
+    compile: bool = False,
+) -> Sampler:
     """The sampler that a user's text names: a schedule ("H1P5R3"), "dopri5", or "sde" with its steps ("sde250").
 
-    Raises ValueError for anything else, with the grammar.
+    Raises ValueError for anything else, with the grammar, and for `compile` with other samplers than schedules.
     """
     guidance = guidance or Guidance()
     name = text.strip().lower()
+    if compile and (name == "dopri5" or name.startswith("sde")):
+        raise ValueError(f"only schedules of blocks can be compiled, not {name}")
     if name == "dopri5":
         return ODESampler(predictor, guidance, path=path, atol=atol, rtol=rtol)
     if sde := re.fullmatch(r"sde(\d{0,9})", name):
         return SDESampler(predictor, guidance, path=path, steps=int(sde[1] or 250), diffusion=diffusion)
     shape = (guidance.scale, refiner_step, guidance.channels, guidance.interval)
-    return FlowTurbo(predictor, refiner, text, *shape, path=path)
+    return FlowTurbo(predictor, refiner, text, *shape, path=path, compile=compile)
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:

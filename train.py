@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ from runtime.latents import LatentFolder, is_latent_folder
 from runtime.randomness import keyed_noise
 from runtime.runlog import RunLog
 from runtime.stopping import EXIT_STOPPED, StopRequest
-from runtime.trainer import State, update
+from runtime.trainer import State, Update, update
 from transport import PATHS, FlowTurbo, Guidance, flow_matching_loss, refiner_loss, refiner_times
+from transport.compiled import compiler_errors, graph_limits
 from transport.losses import MAX_DT, RECIPES
 
 # What differs between the targets; the refiner's are the paper's (section 4.1), the predictor's SiT's.
@@ -59,7 +61,7 @@ SHAPING = (
         "image_size",
         "class_map",
     ),
-    *("lr", "warmup", "wd", "clip_grad", "class_dropout", "ema_decay", "precision", "vae_ckpt"),
+    *("lr", "warmup", "wd", "clip_grad", "class_dropout", "ema_decay", "precision", "compile", "vae_ckpt"),
 )
 
 
@@ -133,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cuda or cpu; under torchrun each rank takes its own")
     group.add_argument("--precision", choices=pipeline.PRECISIONS, default="auto", help="auto is bf16 on CUDA")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the networks as static graphs, one for all blocks of each; takes up to a minute first",
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument("--results-dir", default="results", help="each run makes a folder here")
@@ -163,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype = pipeline.pick_precision(args.precision, ranks.device)
         teacher = pipeline.load_network(SiT, args.model_teacher_ckpt) if args.target == "refiner" else None
         autoencoder = pipeline.load_autoencoder_of(teacher, args.vae_ckpt, ranks.device)
-        teacher = teacher.to(ranks.device) if teacher is not None else None
+        teacher = teacher.to(ranks.device).cast(dtype) if teacher is not None else None
         data = open_data(args, teacher, autoencoder)
         model = build_model(args, teacher, data, autoencoder).to(ranks.device)
         state = State.new(model, ranks.device, args.lr, args.wd, dtype == torch.float16)
@@ -223,7 +231,12 @@ def fit(
     draw: Callable[[], None],
     total: int,
 ) -> None:
-    """Update on every batch; rank 0 saves and draws when it is time. Ends early, saved, when a stop is wanted."""
+    """Update on every batch; rank 0 saves and draws when it is time. Ends early, saved, when a stop is wanted.
+
+    What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
+    drawn before every step so far was found finite.
+    """
+    last: Update | None = None
     for batch in loader:
         result = update(
             state,
@@ -239,12 +252,17 @@ def fit(
             stop=stop.wanted,
         )
         log.advance(state.step, args.global_batch_size)
-        done = result.stop or state.step == total
+        intervals = (args.log_every, args.ckpt_every, args.sample_every)
+        stopping = last is not None and last.stop
+        if stopping or state.step == total or any(every and state.step % every == 0 for every in intervals):
+            stopping |= result.stop
+        last = result
+        done = stopping or state.step == total
         if done or state.step % args.log_every == 0:
             log.scalars(loss=result.loss, gradient=result.norm)
         if ranks.is_main and (done or state.step % args.ckpt_every == 0):
             log.say(f"step {state.step}: loss {result.loss:.4g}, saved {save()}")
-        if result.stop:
+        if stopping:
             return
         if ranks.is_main and args.sample_every and (done or state.step % args.sample_every == 0):
             draw()
@@ -335,26 +353,47 @@ def make_loss(
     autoencoder: Autoencoder | NoAutoencoder,
     dtype: torch.dtype,
 ) -> Callable[[Batch], Tensor]:
-    """The loss of each sample (n,) of a batch, its randomness taken from the batch's draws."""
+    """The loss of each sample (n,) of a batch, its randomness taken from the batch's draws.
+
+    The model's weights are in float32 and computed with in dtype under autocast; the teacher's are to be in dtype as
+    of `SiT.cast`, and are left alone.
+    """
     path = PATHS[args.path_type]
     has_null_class = model.class_dropout_prob > 0
+    of_model = compiled(model) if args.compile else model
+    of_teacher = compiled(teacher) if args.compile and teacher is not None else teacher
+
+    def trained(x: Tensor, *inputs: Tensor | None) -> Tensor:
+        with pipeline.autocast(x.device, dtype):
+            return of_model(x, *inputs)
 
     def loss_of(batch: Batch) -> Tensor:
         drop = batch.u_drop < args.class_dropout if has_null_class else None
+        encoded = batch.images.dtype != torch.uint8
         with pipeline.autocast(batch.labels.device, dtype):
-            encoded = batch.images.dtype != torch.uint8
             moments = batch.images if encoded else autoencoder.moments(from_uint8(batch.images))
-            x1 = autoencoder.sample(moments, batch.posterior_noise)
-            if teacher is None:
-                low, high = path.interval
-                t = low + (high - low) * batch.u_t
-                return flow_matching_loss(model, x1, batch.labels, x0=batch.noise, t=t, drop=drop, path=path)
-            t, dt = refiner_times(batch.u_t, batch.u_dt, args.max_dt, args.recipe)
-            return refiner_loss(
-                model, teacher, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop, recipe=args.recipe
-            )
+        x1 = autoencoder.sample(moments, batch.posterior_noise)
+        if teacher is None:
+            low, high = path.interval
+            t = low + (high - low) * batch.u_t
+            return flow_matching_loss(trained, x1, batch.labels, x0=batch.noise, t=t, drop=drop, path=path)
+        t, dt = refiner_times(batch.u_t, batch.u_dt, args.max_dt, args.recipe)
+        return refiner_loss(
+            trained, of_teacher, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop, recipe=args.recipe
+        )
 
     return loss_of
+
+
+def compiled(network: SiT) -> Callable[..., Tensor]:
+    """What calls the network as a static graph; the network itself stays as it is."""
+    graph = torch.compile(network, fullgraph=True, dynamic=False)
+
+    def call(*inputs: Tensor | None) -> Tensor:
+        with graph_limits(), compiler_errors():
+            return graph(*inputs)
+
+    return call
 
 
 @torch.no_grad()
@@ -366,17 +405,21 @@ def sample_grid(
     device: torch.device,
     dtype: torch.dtype,
 ):
-    """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3."""
+    """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.
+
+    Teacher and network have their blocks in dtype, as sample.py has them; the network in a copy.
+    """
+    network = deepcopy(network).cast(dtype)
     predictor, schedules = (network, ["H8"]) if teacher is None else (teacher, ["H8", "H1P5R3"])
     y = torch.linspace(0, predictor.num_classes - 1, min(8, predictor.num_classes)).round().long().to(device)
     z = keyed_noise(args.seed, range(len(y)), predictor.input_shape).to(device)
     cfg_scale = args.cfg_scale if predictor.class_dropout_prob > 0 else 1.0
     rows = []
-    with pipeline.autocast(device, dtype):
-        for schedule in schedules:
-            refiner = network if teacher is not None else None
-            sampler = FlowTurbo(predictor, refiner, schedule, cfg_scale, path=PATHS[args.path_type])
-            rows.append(to_uint8(autoencoder.decode(sampler.sample(z, y))).cpu())
+    for schedule in schedules:
+        refiner = network if teacher is not None else None
+        latents = FlowTurbo(predictor, refiner, schedule, cfg_scale, path=PATHS[args.path_type]).sample(z, y)
+        with pipeline.autocast(device, dtype):
+            rows.append(to_uint8(autoencoder.decode(latents)).cpu())
     return grid(rows, [f"{schedule}  cfg {cfg_scale:g}" for schedule in schedules])
 
 

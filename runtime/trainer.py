@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class State:
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    failed: Tensor  # 1.0, on the device, once a loss or gradient was not finite: AdamW then changes nothing any more
     step: int = 0
 
     @classmethod
@@ -37,6 +38,7 @@ class State:
             deepcopy(model).requires_grad_(False).eval(),
             torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused),
             torch.amp.GradScaler(device.type, enabled=fp16),
+            torch.zeros((), device=device),
         )
 
     def save(self, path: Path, config: dict[str, Any]) -> str:
@@ -97,12 +99,41 @@ def _load_moments(optimizer: torch.optim.Optimizer, state: object, path: Path) -
     optimizer.load_state_dict({"state": dict(moments), "param_groups": ours})
 
 
-class Update(NamedTuple):
-    """What one update tells: the mean loss and gradient norm over all ranks, and whether any rank asks to stop."""
+class Update:
+    """What one step tells, the same on every rank: mean loss, norm of the gradient, whether any rank asks to stop.
 
-    loss: float
-    norm: float
-    stop: bool
+    Its figures are on their way from the device when it is made, and waited for when they are read. Who reads them
+    one step late never makes the device wait.
+    """
+
+    def __init__(self, step: int, figures: Tensor, forgiven: bool):
+        self.step, self.forgiven = step, forgiven
+        self.figures = figures.to("cpu", non_blocking=figures.is_cuda)  # if so, into pinned memory
+        self.copied = torch.cuda.current_stream(figures.device).record_event() if figures.is_cuda else None
+
+    def read(self) -> tuple[float, float, bool]:
+        """(loss, norm, stop). Raises FloatingPointError where loss or norm is not finite."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, stops, norm = self.figures.tolist()
+        if not math.isfinite(loss) or not (self.forgiven or math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {loss} and its gradient's norm {norm}; stopped before the update "
+                "(lower --lr, set --clip-grad or --warmup, or take --precision fp32)"
+            )
+        return loss, norm, stops > 0
+
+    @property
+    def loss(self) -> float:
+        return self.read()[0]
+
+    @property
+    def norm(self) -> float:
+        return self.read()[1]
+
+    @property
+    def stop(self) -> bool:
+        return self.read()[2]
 
 
 def update(
@@ -125,7 +156,10 @@ def update(
     all-reduce of one flat vector: buckets that adapt to the first step, as DistributedDataParallel's, would make a
     resumed run differ in the last bits. With `exact` the bits do not even depend on the number of ranks: fixed
     micro-batches, whose gradients are added in a fixed order.
-    Raises FloatingPointError before the update, on every rank, where loss or gradient is not finite.
+
+    Nothing here waits for the device, but in fp16. Where loss or gradient is not finite, the device itself skips this
+    update and all later ones, and reading what is returned raises FloatingPointError, on every rank: read it at
+    latest after the next step, and before anything is saved.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
 
@@ -148,14 +182,15 @@ def update(
     _write_gradients(parameters, total)
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    loss, stops = total[-2:].tolist()
+    figures = torch.cat([total[-2:], norm[None]])
     # In fp16 the scaler skips steps whose gradient overflows until its scale fits; below 1 that is not the reason.
     forgiven = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
-    if not math.isfinite(loss) or not (forgiven or torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {state.step + 1}: the loss is {loss} and its gradient's norm {norm.item()}; stopped before the "
-            "update (lower --lr, set --clip-grad or --warmup, or take --precision fp32)"
-        )
+    told = Update(state.step + 1, figures, forgiven)
+    if state.optimizer.defaults["fused"] and not state.scaler.is_enabled():
+        state.failed = torch.maximum(state.failed, 1 - figures.isfinite().all().float())
+        state.optimizer.found_inf = state.failed  # type: ignore[attr-defined]  # makes fused AdamW skip its step
+    else:
+        told.read()
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.scaler.step(state.optimizer)
@@ -163,7 +198,7 @@ def update(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     update_ema(state.ema, state.model, min(ema_decay, state.step / (state.step + 9)))
-    return Update(loss, norm.item(), stops > 0)
+    return told
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

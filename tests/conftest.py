@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -154,6 +155,23 @@ class Recorder:
 @pytest.fixture(scope="session")
 def recorder():
     return Recorder
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """compiler(backend): within it torch.compile takes this backend.
+
+    "eager" traces graphs and runs them as they are: to generate code takes most of the time.
+    """
+
+    @contextmanager
+    def within(backend):
+        compile = torch.compile
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda function, **options: compile(function, **options, backend=backend))
+            yield
+
+    return within
 
 
 @pytest.fixture(scope="session")

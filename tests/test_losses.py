@@ -114,6 +114,37 @@ def test_the_gradient_is_that_of_the_mean_square(predictor, data):
     torch.testing.assert_close(b.grad, expected)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_teacher_is_evaluated_in_inference_mode_and_any_refiner_can_be_trained_on_it(
+    dtype, tolerance, predictor, data
+):
+    """This one saves each of its inputs for the backward pass as it gets it, which no inference tensor can be."""
+    (x1, y), given = data
+    modes = []
+
+    def teacher(*inputs):
+        modes.append(torch.is_inference_mode_enabled())
+        return predictor(*inputs)
+
+    weights = [torch.ones((), requires_grad=True) for _ in range(3)]
+    seen = []
+
+    def product(x, t, v, y, drop):
+        seen.append((x, t, v))
+        return weights[0] * x + weights[1] * column(t) + weights[2] * v
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = refiner_loss(product, teacher, x1, y, **given).mean()
+    loss.backward()
+    assert modes == [True, True]
+    ((x, t, v),) = seen
+    for weight, slope in zip(weights, (x, column(t), v)):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            error = predictor(x, t, y, given["drop"]) - (product(x, t, v, y, None) + v)
+            expected = -2 * (error * slope).mean()
+        torch.testing.assert_close(weight.grad, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_the_loss_is_zero_for_a_refiner_that_knows(predictor, data):
     (x1, y), given = data
 

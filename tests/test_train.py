@@ -205,8 +205,8 @@ def test_accumulating_changes_nothing(flags, target, tmp_path):
 @pytest.mark.parametrize("target", ["predictor", "refiner"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_train(flags, target, precision, tmp_path):
-    half = run(tmp_path / "half", *flags(target), "--steps", 4, "--precision", precision)
-    full = run(tmp_path / "full", *flags(target), "--steps", 4, "--precision", "fp32")
+    half = run(tmp_path / "half", *flags(target), "--steps", 4, "--sample-every", 4, "--precision", precision)
+    full = run(tmp_path / "full", *flags(target), "--steps", 4, "--sample-every", 4, "--precision", "fp32")
     ours, theirs = checkpoint(half, 4), checkpoint(full, 4)
     assert {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision] in (half / "log.txt").read_text()
     assert bool(ours["scaler"]) == (precision == "fp16")
@@ -216,6 +216,33 @@ def test_half_precisions_train(flags, target, precision, tmp_path):
         moved = max(moved, (value - theirs["model"][name]).abs().max().item())
     assert 0 < moved <= 2 * 4 * 1e-3 * 1.01  # Adam moves a weight by at most about lr a step
     assert figures(half, "loss") == pytest.approx(figures(full, "loss"), rel=0.25)
+    ours, theirs = (np.asarray(Image.open(p / "samples" / "0000004.png"), float) for p in (half, full))
+    assert abs(ours - theirs).mean() < 0.5  # of 255
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teachers_blocks_are_held_in_the_precision(flags, precision, tmp_path, monkeypatch):
+    """Autocast would cast all weights anew in every evaluation; it is for the refiner, which has them in float32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    loss, seen = train.refiner_loss, []
+
+    def watched(refiner, teacher, *args, **more):
+        weights = [(name.startswith("blocks."), p.dtype) for name, p in teacher.named_parameters()]
+        assert set(weights) == {(True, dtype), (False, torch.float32)}
+
+        def noted(name, network):
+            def call(*inputs):
+                output = network(*inputs)
+                seen.append((name, output.dtype))
+                return output
+
+            return call
+
+        return loss(noted("refiner", refiner), noted("teacher", teacher), *args, **more)
+
+    monkeypatch.setattr(train, "refiner_loss", watched)
+    run(tmp_path, *flags("refiner"), "--steps", 1, "--precision", precision)
+    assert seen == [("teacher", torch.float32), ("teacher", torch.float32), ("refiner", dtype)]
 
 
 def test_the_learning_rate_warms_up(flags, tmp_path):
@@ -265,29 +292,71 @@ def test_the_recipes_differ(flags, recipe, tmp_path):
     assert figures(folder, "loss") != figures(other, "loss")
 
 
+# ---- compiled
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "backend"),
+    [("refiner", [], "inductor"), ("predictor", ["--depth", 2, "--precision", "bf16"], "aot_eager")],
+)
+def test_a_compiled_run_trains_as_an_eager_one_and_is_resumed(flags, target, more, backend, tmp_path, compiler):
+    """Without a graph break: each would be an error."""
+    flags = [*flags(target), *more, "--log-every", 1, "--ckpt-every", 2, "--steps", 4]
+    eager = run(tmp_path / "eager", *flags)
+    with compiler(backend):
+        compiled = run(tmp_path / "compiled", *flags, "--compile", "--sample-every", 4)
+    assert figures(compiled, "loss") == pytest.approx(figures(eager, "loss"), rel=1e-5)
+    assert figures(compiled, "gradient") == pytest.approx(figures(eager, "gradient"), rel=1e-4)
+    whole = checkpoint(compiled, 4)
+    assert_close(whole, checkpoint(eager, 4))
+    assert (compiled / "samples" / "0000004.png").is_file()
+    (compiled / "checkpoints" / "0000004.pt").unlink()
+    flags += ["--resume", compiled / "checkpoints" / "0000002.pt", "--results-dir", tmp_path]
+    with pytest.raises(ValueError, match="trained otherwise: --compile was True, is False"):
+        train.main(list(map(str, flags)))
+    with compiler(backend):
+        train.main(list(map(str, [*flags, "--compile"])))
+    assert_same_bits(checkpoint(compiled, 4), whole)
+
+
+def test_a_machine_without_a_compiler_is_told_in_one_line(flags, python, tmp_path):
+    flags = [*flags("refiner"), "--compile", "--steps", 1, "--results-dir", tmp_path]
+    done = python("train.py", *flags, CXX="/nonexistent/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert "train.py: error: this machine cannot compile" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---- runs that stop
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
 @pytest.mark.parametrize("target", ["predictor", "refiner"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(flags, target, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_update(flags, target, every, precision, tmp_path, monkeypatch):
+    """Where nothing is saved at that step, fp32 and bf16 learn of it when the next one is under way."""
+    flags = [*flags(target), "--precision", precision]
+    good = run(tmp_path / "good", *flags, "--steps", 2)
     name = "flow_matching_loss" if target == "predictor" else "refiner_loss"
-    original, calls, updates = getattr(train, name), [], []
+    original, calls, states, update = getattr(train, name), [], [], train.update
 
     def poisoned(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs) * (torch.nan if len(calls) == 3 else 1)
 
-    class Optimizer(torch.optim.AdamW):
-        def step(self, *args, **kwargs):
-            updates.append(1)
-            return super().step(*args, **kwargs)
-
     monkeypatch.setattr(train, name, poisoned)
-    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(
+        train, "update", lambda state, *args, **more: states.append(state) or update(state, *args, **more)
+    )
     with pytest.raises(FloatingPointError, match=r"^step 3: the loss is nan"):
-        run(tmp_path, *flags(target), "--steps", 5, "--ckpt-every", 1)
-    assert len(updates) == 2
-    assert sorted(p.stem for p in tmp_path.glob("*/checkpoints/*.pt")) == ["0000001", "0000002"]
+        run(tmp_path, *flags, "--steps", 5, "--ckpt-every", every, "--sample-every", every)
+    assert len(calls) == (3 if precision == "fp16" or every in (1, 3) else 4)
+    saved = [f"{step:07d}" for step in (1, 2) if step % every == 0]
+    assert sorted(p.stem for p in tmp_path.glob("0*/checkpoints/*.pt")) == saved
+    assert sorted(p.stem for p in tmp_path.glob("0*/samples/*.png")) == saved
+    left, before = states[0], checkpoint(good, 2)
+    assert_same_bits(left.model.state_dict(), before["model"])
+    assert_same_bits(left.optimizer.state_dict()["state"], before["opt"]["state"])
 
 
 def test_a_run_that_diverges_ends_with_one_line_and_exit_1(flags, python, tmp_path):

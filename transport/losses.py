@@ -58,10 +58,12 @@ def refiner_loss(
     _check_recipe(recipe)
     x_t, _ = path.sample(x0, x1, t)
     dt = torch.as_tensor(dt, dtype=t.dtype, device=t.device).expand(len(t))
-    with torch.no_grad():
+    with torch.inference_mode():
         v_t = predictor(x_t, t, y, drop if recipe == "paper" else None)
         x_next = x_t + dt.reshape(-1, *[1] * (x_t.ndim - 1)) * v_t
         v_next = predictor(x_next, t + dt, y, drop)
+    # Tensors made in inference mode cannot be saved for the backward pass, whatever a refiner would save; copies can.
+    v_t, x_next, v_next = v_t.clone(), x_next.clone(), v_next.clone()
     return _mean_square(v_next - (refiner(x_next, t + dt, v_t, y, drop) + v_t))
 
 

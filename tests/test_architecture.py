@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("transport", "evaluation", "runtime")
+PACKAGES = ("transport", "evaluation", "runtime", "benchmarks")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}
 PROJECT = {*PACKAGES, "models", "refiner", *SCRIPTS}
 MAY_IMPORT = {  # of the project
@@ -19,6 +19,7 @@ MAY_IMPORT = {  # of the project
     "runtime": {"runtime"},
     "models": set(),
     "refiner": {"models"},
+    "benchmarks": {"benchmarks", "transport", "runtime", "models", "refiner", "pipeline", "train"},
 }
 
 

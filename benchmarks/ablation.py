@@ -1,0 +1,170 @@
+"""One optimisation at a time: what each brings to sampling, what compiling takes, and the error of each."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch._inductor.utils
+from torch import Tensor
+from tqdm import tqdm
+
+import pipeline
+from benchmarks.measure import interleave
+from benchmarks.plan import Plan
+from benchmarks.variants import (
+    Error,
+    Networks,
+    ReleasedStyle,
+    build_networks,
+    error,
+    noise_and_labels,
+    reference,
+)
+from transport import FlowTurbo
+from transport.compiled import block_step
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """The state after one more optimisation; `ratio` to the first row, `gain` to the one before."""
+
+    change: str
+    schedule: str
+    batch_size: int
+    decode: bool
+    ms: float
+    p10: float
+    p90: float
+    ratio: float
+    gain: float
+    first_call: float  # seconds, with nothing in the compiler's caches
+    error: Error
+
+
+def measure(plan: Plan) -> list[Row]:
+    """A table for each schedule, batch size, with and without decoding."""
+    networks = build_networks(plan)
+    rows: list[Row] = []
+    for schedule in plan.schedules:
+        for batch_size in plan.batch_sizes:
+            for decode in plan.decode:
+                group = measure_group(plan, networks, schedule, batch_size, decode)
+                print(f"{schedule}, batch {batch_size}, {'with' if decode else 'without'} decoding")
+                print(table(group), end="\n\n")
+                rows += group
+    return rows
+
+
+def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dict[str, Callable[[], Run]]:
+    """What makes the sampling function after each change, in their order."""
+    cuda, half = plan.device.type == "cuda", plan.dtype != torch.float32
+    slow = networks.autoencoder.decode if decode else None
+    fast = networks.fast_autoencoder.decode if decode else None
+    full = (networks.predictor, networks.refiner, schedule, plan.cfg_scale)
+    held = (networks.fast_predictor, networks.fast_refiner, schedule, plan.cfg_scale)
+
+    def static(*, decode: Callable[[Tensor], Tensor] | None, graphs: bool = True, recording: bool = False) -> Run:
+        sampler = FlowTurbo(*held, compile=True, decode=decode)
+        assert sampler.compiled is not None
+        sampler.compiled.recording = recording
+        if not graphs:
+            sampler.compiled.step = block_step
+        return sampler.sample
+
+    def whole() -> Run:
+        unshared = [copy.copy(network) for network in held[:2]]
+        for network in unshared:
+            network.regional = False
+        sampler = FlowTurbo(*unshared, *held[2:], compile=True, decode=slow)
+        assert sampler.compiled is not None
+        sampler.compiled.recording = False
+        return sampler.sample
+
+    def quantized() -> Run:
+        eight = [copy.deepcopy(network) for network in held[:2]]
+        for network in eight:
+            pipeline.quantize(network, "float8" if cuda else "int8")
+        return FlowTurbo(*eight, *held[2:], compile=True, decode=fast).sample
+
+    made: dict[str, Callable[[], Run]] = {
+        "published way, float32": lambda: ReleasedStyle(*full, torch.float32, decode=slow).sample
+    }
+    if half:
+        made["published way, autocast"] = lambda: ReleasedStyle(*full, plan.dtype, decode=slow).sample
+    made["published way, compiled network by network"] = lambda: (
+        ReleasedStyle(*full, plan.dtype, compile=True, decode=slow).sample
+    )
+    if half:
+        made["blocks held in half precision"] = lambda: ReleasedStyle(*held, torch.float32, decode=slow).sample
+    made["state not doubled"] = lambda: FlowTurbo(*held, decode=slow).sample
+    made["conditioning beforehand"] = lambda: static(decode=slow, graphs=False)
+    made["blocks compiled, network by network"] = whole
+    made["blocks compiled, by regions"] = lambda: static(decode=slow)
+    if decode:
+        made["decoder in the precision, channels last"] = lambda: static(decode=fast)
+    if cuda:
+        made["one CUDA graph"] = lambda: static(decode=fast, recording=True)
+    if find_spec("torchao"):
+        made[f"{'float8' if cuda else 'int8'} products"] = quantized
+    return made
+
+
+@torch.no_grad()
+def measure_group(plan: Plan, networks: Networks, schedule: str, batch_size: int, decode: bool) -> list[Row]:
+    z, y = noise_and_labels(networks, batch_size)
+    exact = reference(networks, schedule, plan.cfg_scale, decode)(z, y)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    first, errors = {}, {}
+    changes = variants(plan, networks, schedule, decode)
+    for name, build in tqdm(changes.items(), desc="first calls", unit="variant", leave=False, disable=None):
+        with torch._inductor.utils.fresh_cache():
+            torch.compile(lambda x: x + 1)(z)  # start the compiler: it prepares its headers once
+            try:
+                run = build()
+            except ValueError as reason:  # 8 bits, on a device that cannot
+                tqdm.write(f"{name}: left out: {reason}")
+                continue
+            begin = time.perf_counter()
+            errors[name] = error(run(z, y), exact)
+            first[name] = time.perf_counter() - begin
+        calls[name] = lambda run=run: run(z, y)
+    timings = interleave(calls, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="ablation")
+    rows: list[Row] = []
+    for name, timing in timings.items():
+        ms = 1000 * timing.median / batch_size
+        rows.append(
+            Row(
+                change=name,
+                schedule=schedule,
+                batch_size=batch_size,
+                decode=decode,
+                ms=ms,
+                p10=1000 * timing.quantile(0.1) / batch_size,
+                p90=1000 * timing.quantile(0.9) / batch_size,
+                ratio=rows[0].ms / ms if rows else 1.0,
+                gain=rows[-1].ms / ms if rows else 1.0,
+                first_call=first[name],
+                error=errors[name],
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    head = (
+        f"{'+':<41}{'ms/img':>9}{'p10':>9}{'p90':>9}{'ratio':>7}{'gain':>7}{'first s':>9}{'rms err':>9}{'max err':>9}"
+    )
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        lines.append(
+            f"{row.change:<41}{row.ms:>9.2f}{row.p10:>9.2f}{row.p90:>9.2f}{row.ratio:>7.2f}{row.gain:>7.2f}"
+            f"{row.first_call:>9.1f}{row.error.rms:>9.1e}{row.error.largest:>9.1e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,179 @@
+"""The clock, the interleaved protocol, and what a device could do at best."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+Name = TypeVar("Name")
+
+
+@dataclass
+class Timing:
+    """The seconds that calls of one function took."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def quantile(self, part: float) -> float:
+        """The time that this part of the calls stays within."""
+        return sorted(self.seconds)[round(part * (len(self.seconds) - 1))]
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """What measures the seconds of a call: by events on CUDA, on a CPU by the process time of its one thread,
+    which other programs disturb least."""
+
+    def on_cuda(call: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1000
+
+    def on_cpu(call: Callable[[], object]) -> float:
+        begin = time.process_time()
+        call()
+        return time.process_time() - begin
+
+    return on_cuda if device.type == "cuda" else on_cpu
+
+
+def interleave(
+    calls: Mapping[Name, Callable[[], object]], device: torch.device, *, repeats: int, warm_up: int, title: str = ""
+) -> dict[Name, Timing]:
+    """Time the calls in turn, round by round, so that whatever disturbs the machine disturbs them all."""
+    seconds = stopwatch(device)
+    timings = {name: Timing() for name in calls}
+    for k in tqdm(range(-warm_up, repeats), unit="round", desc=title, leave=False, disable=None):
+        for name, call in calls.items():
+            spent = seconds(call)
+            if k >= 0:
+                timings[name].seconds.append(spent)
+    return timings
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products, convolutions and attentions of a call, 2 a multiply-add."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+@dataclass
+class Roofline:
+    """The best rates that this device reaches here: matrix products, FLOP/s, and copies, bytes/s."""
+
+    matmul: float
+    copy: float
+
+
+def roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roofline:
+    """Measured with one large square product (8192, on a CPU 2048), and one large copy (1 GiB, on a CPU 1/4)."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    calls = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    timings = interleave(calls, device, repeats=repeats, warm_up=3, title="roofline")
+    best = {name: min(timing.seconds) for name, timing in timings.items()}
+    return Roofline(2 * size**3 / best["matmul"], 2 * 4 * source.numel() / best["copy"])
+
+
+def kernel_seconds(
+    rows: int, tokens: int, width: int, heads: int, hidden: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds of the bare kernels of one transformer block at its real shapes; the floor under an evaluation."""
+    x = torch.randn(rows * tokens, width, device=device).to(dtype)
+    wide = torch.randn(rows * tokens, hidden, device=device).to(dtype)
+    weights = {
+        name: torch.randn(shape, device=device).to(dtype)
+        for name, shape in {
+            "qkv": (3 * width, width),
+            "proj": (width, width),
+            "fc1": (hidden, width),
+            "fc2": (width, hidden),
+        }.items()
+    }
+    q, k, v = torch.randn(3, rows, heads, tokens, width // heads, device=device).to(dtype)
+
+    def product(name: str) -> Callable[[], Tensor]:
+        return lambda: F.linear(wide if name == "fc2" else x, weights[name])
+
+    calls: dict[str, Callable[[], Tensor]] = {name: product(name) for name in weights}
+    calls["attention"] = lambda: F.scaled_dot_product_attention(q, k, v)
+    with torch.no_grad():
+        timings = interleave(calls, device, repeats=10, warm_up=3, title="bare kernels")
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of the peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        with contextlib.suppress(OSError):  # where it may not, the peak is that of the whole process so far
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak`: on the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def describe(device: torch.device) -> list[str]:
+    """What a figure depends on: device, clocks, versions, attention backends, threads."""
+    lines = [f"torch {torch.__version__}, Python {platform.python_version()}"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        backends = [
+            name
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+            if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+        ]
+        try:
+            clock = f"{torch.cuda.clock_rate(device)} MHz"
+        except (RuntimeError, ImportError):  # without pynvml
+            clock = "clock unknown"
+        lines.insert(0, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {clock}")
+        lines.append(f"CUDA {torch.version.cuda}, attention backends {', '.join(backends)}")
+        lines.append(f"TF32 in float32 products: {torch.backends.cuda.matmul.allow_tf32}")
+    else:
+        lines.insert(0, f"{processor()}, {torch.get_num_threads()} thread, clocked by process time")
+        lines.append(f"instructions {torch.backends.cpu.get_cpu_capability()}, bfloat16 {has_bf16(device)}")
+    return lines
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,198 @@
+"""Steps of refiner training: the published code's way, and train.py's with its optimisations one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import train
+from benchmarks.measure import interleave
+from benchmarks.plan import Plan
+from benchmarks.variants import Networks, build_networks
+from refiner import VelocityRefiner
+from runtime.autoencoder import Autoencoder
+from runtime.data import Batch
+from runtime.distributed import World
+from runtime.images import from_uint8
+from runtime.trainer import State, Update, update
+from transport import refiner_loss, refiner_times
+
+PUBLISHED = "published way, float32"
+
+
+@dataclass
+class Row:
+    """One way to make the same step; `ratio` to the published one, `error` of its loss against eager float32's."""
+
+    variant: str
+    batch_size: int
+    seconds: float
+    p10: float
+    p90: float
+    images_per_second: float
+    ratio: float
+    loss: float
+    error: float
+
+
+@dataclass
+class Part:
+    """What a part of train.py's step takes by itself."""
+
+    part: str
+    batch_size: int
+    seconds: float
+
+
+def measure(plan: Plan) -> list[Row | Part]:
+    """A table of steps and one of their parts for each batch size."""
+    networks = build_networks(plan)
+    measured: list[Row | Part] = []
+    for batch_size in plan.batch_sizes:
+        online, cached = batches(plan, networks, batch_size)
+        rows = measure_steps(plan, networks, online, cached)
+        parts = measure_parts(plan, networks, online, cached)
+        print(f"batch {batch_size}\n{table(rows)}\n")
+        print(f"parts of an online step, eager: {shares(parts)}")
+        print(f"of one with cached latents: {shares(parts[1:])}\n")
+        measured += [*rows, *parts]
+    print("ratio: to the published code's way. error: of the loss, relative; cached latents are in half precision.")
+    return measured
+
+
+def batches(plan: Plan, networks: Networks, batch_size: int) -> tuple[Batch, Batch]:
+    """The same images, labels and noise twice: as bytes, and as moments of the autoencoder."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch_size, 3, plan.image_size, plan.image_size), generator=generator).byte()
+    shape, classes = networks.predictor.input_shape, networks.predictor.num_classes
+    noise = torch.randn(2, batch_size, *shape, generator=generator)
+    labels = torch.randint(0, classes, (batch_size,), generator=generator)
+    u = torch.rand(3, batch_size, generator=generator)
+    online = Batch(images, labels, noise[0], noise[1], *u).to(plan.device)
+    with torch.no_grad():
+        moments = networks.autoencoder.moments(from_uint8(online.images)).half()
+    return online, online._replace(images=moments)
+
+
+def measure_steps(plan: Plan, networks: Networks, online: Batch, cached: Batch) -> list[Row]:
+    steps: dict[str, Callable[[], Update | float]] = {
+        PUBLISHED: published_step(plan, networks, online),
+        "train.py, online encoding": step(plan, networks, online),
+        "train.py, cached latents": step(plan, networks, cached),
+        "train.py, cached latents, --compile": step(plan, networks, cached, compile=True),
+    }
+    told = {name: call() for name, call in steps.items()}  # by the first step, from equal weights
+    losses = {name: value if isinstance(value, float) else value.loss for name, value in told.items()}
+    timings = interleave(steps, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="steps")
+    n, first = len(online.labels), timings[PUBLISHED].median
+    return [
+        Row(
+            variant=name,
+            batch_size=n,
+            seconds=timing.median,
+            p10=timing.quantile(0.1),
+            p90=timing.quantile(0.9),
+            images_per_second=n / timing.median,
+            ratio=first / timing.median,
+            loss=losses[name],
+            error=abs(losses[name] / losses[PUBLISHED] - 1),
+        )
+        for name, timing in timings.items()
+    ]
+
+
+def new_refiner(networks: Networks) -> VelocityRefiner:
+    """The refiner to train, from the same weights in every variant."""
+    return copy.deepcopy(networks.refiner).requires_grad_(True)
+
+
+def settings(compile: bool = False):
+    """train.py's, by default."""
+    return train.build_parser().parse_args(["--data-path", "-", *(["--compile"] if compile else [])])
+
+
+def step(plan: Plan, networks: Networks, batch: Batch, compile: bool = False) -> Callable[[], Update]:
+    """A step of train.py, in the plan's precision; nobody waits for what it returns."""
+    model = new_refiner(networks)
+    # A learning rate of zero: every step then costs the same and the variants stay comparable.
+    state = State.new(model, plan.device, lr=0.0, weight_decay=0.0, fp16=plan.dtype == torch.float16)
+    autoencoder = Autoencoder(copy.deepcopy(networks.autoencoder.network))  # as train.py has it, channels last
+    loss_of = train.make_loss(settings(compile), model, networks.fast_predictor, autoencoder, plan.dtype)
+    world = World(0, 0, 1, plan.device)
+    rates = {"lr": 0.0, "clip": None, "ema_decay": 0.9999}
+    return lambda: update(state, world, batch, loss_of, global_batch_size=len(batch.labels), **rates)
+
+
+def published_step(plan: Plan, networks: Networks, batch: Batch) -> Callable[[], float]:
+    """The published code's step: float32, images encoded in every step, one tensor of the EMA after another, and a
+    wait for the loss."""
+    model = new_refiner(networks)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    autoencoder, predictor = networks.autoencoder, networks.predictor
+    t, dt = refiner_times(batch.u_t, batch.u_dt)
+    drop = batch.u_drop < settings().class_dropout
+
+    def call() -> float:
+        x1 = autoencoder.sample(autoencoder.moments(from_uint8(batch.images)), batch.posterior_noise)
+        losses = refiner_loss(model, predictor, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop)
+        loss = losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for averaged, weight in zip(ema.parameters(), model.parameters(), strict=True):
+                averaged.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
+        return loss.item()
+
+    return call
+
+
+def measure_parts(plan: Plan, networks: Networks, online: Batch, cached: Batch) -> list[Part]:
+    """Encoding, the teacher's two evaluations, the refiner forward and backward, and the rest of the update."""
+    model, teacher = new_refiner(networks), networks.fast_predictor
+    autoencoder = Autoencoder(copy.deepcopy(networks.autoencoder.network))
+    x, t, drop = cached.noise, cached.u_t, cached.u_drop < settings().class_dropout
+    half = {"device_type": plan.device.type, "dtype": plan.dtype, "enabled": plan.dtype != torch.float32}
+    whole = step(plan, networks, cached)
+
+    def encode() -> None:
+        with torch.no_grad(), torch.autocast(**half):
+            autoencoder.moments(from_uint8(online.images))
+
+    def teach() -> None:
+        with torch.inference_mode():
+            for _ in range(2):
+                teacher(x, t, cached.labels, drop)
+
+    def refine() -> None:
+        with torch.autocast(**half):
+            loss = model(x, t, x, cached.labels, drop).square().mean()
+        loss.backward()
+
+    calls = {"encoding": encode, "teacher": teach, "refiner": refine, "step": whole}
+    timings = interleave(calls, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="parts")
+    seconds = {name: timing.median for name, timing in timings.items()}
+    rest = seconds.pop("step") - seconds["teacher"] - seconds["refiner"]
+    seconds["optimizer, EMA and the rest"] = max(0.0, rest)
+    return [Part(name, len(online.labels), value) for name, value in seconds.items()]
+
+
+def shares(parts: list[Part]) -> str:
+    """What each takes of their sum."""
+    whole = sum(part.seconds for part in parts)
+    return ", ".join(f"{part.part} {100 * part.seconds / whole:.0f} %" for part in parts)
+
+
+def table(rows: list[Row]) -> str:
+    head = f"{'variant':<38}{'s/step':>9}{'p10':>9}{'p90':>9}{'images/s':>10}{'ratio':>7}{'loss':>10}{'error':>9}"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        lines.append(
+            f"{row.variant:<38}{row.seconds:>9.4f}{row.p10:>9.4f}{row.p90:>9.4f}{row.images_per_second:>10.3g}"
+            f"{row.ratio:>7.2f}{row.loss:>10.6f}{row.error:>9.1e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""What is compared: sampling as the published code does it, and FlowTurbo, on the same networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.plan import Plan
+from models import SIT_CONFIGS, SiT
+from refiner import VelocityRefiner
+from runtime.autoencoder import Autoencoder
+from runtime.randomness import keyed_noise
+from transport import FlowTurbo, Schedule
+from transport.compiled import graph_limits
+from transport.guidance import guide
+from transport.integrators import integrate
+
+Run = Callable[[Tensor, Tensor], Tensor]  # noise z, labels y -> latents or images
+VARIANTS = ("released", "FlowTurbo", "released compiled", "FlowTurbo compiled")
+
+
+@dataclass
+class Networks:
+    """One set of networks twice: in float32, and as FlowTurbo holds them for a precision."""
+
+    predictor: SiT
+    refiner: VelocityRefiner
+    autoencoder: Autoencoder
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        half = self.dtype != torch.float32
+        self.fast_predictor = copy.deepcopy(self.predictor).cast(self.dtype) if half else self.predictor
+        self.fast_refiner = copy.deepcopy(self.refiner).cast(self.dtype) if half else self.refiner
+        self.fast_autoencoder = copy.deepcopy(self.autoencoder).to(self.dtype)
+        self.fast_autoencoder.compile()
+        self.autoencoder.network.to(memory_format=torch.contiguous_format)  # as the published code decodes
+
+
+def build_networks(plan: Plan) -> Networks:
+    """SiT, refiner and Stable Diffusion's autoencoder with random weights, the same in every run."""
+    torch.manual_seed(0)
+    with plan.device:
+        autoencoder = Autoencoder(stable_diffusion_autoencoder())
+        config = {**SIT_CONFIGS[plan.model], "input_size": plan.image_size // autoencoder.factor}
+        predictor = awaken(SiT(**{**config, "depth": plan.depth}))
+        refiner = awaken(VelocityRefiner(**{**config, "depth": 1}))
+    return Networks(
+        predictor.eval().requires_grad_(False), refiner.eval().requires_grad_(False), autoencoder, plan.dtype
+    )
+
+
+def noise_and_labels(networks: Networks, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The batch that every variant samples: z (N, C, H, W) and y (N,)."""
+    device, predictor = networks.predictor.pos_embed.device, networks.predictor
+    z = keyed_noise(0, range(batch_size), predictor.input_shape).to(device)
+    return z, torch.arange(batch_size, device=device) % predictor.num_classes
+
+
+def stable_diffusion_autoencoder() -> nn.Module:
+    """An AutoencoderKL of Stable Diffusion's shape with random weights."""
+    from diffusers import AutoencoderKL
+
+    levels = 4
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    )
+
+
+def awaken(network: SiT) -> SiT:
+    """The network with small random weights where adaLN-Zero has zeros: it must not return zero."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return network
+
+
+class ReleasedStyle:
+    """Sampling with the costs of the published code.
+
+    float32 weights, under autocast in half precision; time and class embedded in every evaluation; a doubled state;
+    times on the host. `compile` compiles each network as a whole, and nothing of what lies between them.
+    """
+
+    def __init__(
+        self,
+        predictor: SiT,
+        refiner: VelocityRefiner,
+        schedule: str,
+        cfg_scale: float,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.predictor, self.refiner = (whole(n) if compile else n for n in (predictor, refiner))
+        self.null, self.schedule = predictor.num_classes, Schedule.parse(schedule)
+        self.cfg_scale, self.dtype, self.decode = cfg_scale, dtype, decode
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        """Latents or images from noise z (N, C, H, W) and labels y (N,)."""
+        n = len(z)
+        labels = torch.cat([y, torch.full_like(y, self.null)])
+
+        def guided(network: Callable[..., Tensor], x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+            with torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                both = network(torch.cat([x[:n], x[:n]]), t.to(z.device).expand(2 * n), *rest, labels)
+            return guide(both.float(), self.cfg_scale, 3)
+
+        steps = integrate(
+            lambda x, t: guided(self.predictor, x, t),
+            torch.cat([z, z]),
+            self.schedule.blocks,
+            self.schedule.times(),
+            offset=lambda x, t, v: guided(self.refiner, x, t, v),
+        )
+        with graph_limits():
+            for step in steps:
+                latents = step.x[:n]
+        return latents if self.decode is None else self.decode(latents)
+
+
+def whole(network: SiT) -> Callable[..., Tensor]:
+    """The network compiled as one graph, without the shared compilation of its blocks; the same weights."""
+    network = copy.copy(network)
+    network.regional = False
+    return torch.compile(network, dynamic=False)
+
+
+def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool) -> Run:
+    """The sampling function of a name in VARIANTS."""
+    compile = variant.endswith("compiled")
+    if variant.startswith("released"):
+        return ReleasedStyle(
+            networks.predictor,
+            networks.refiner,
+            schedule,
+            cfg_scale,
+            networks.dtype,
+            compile=compile,
+            decode=networks.autoencoder.decode if decode else None,
+        ).sample
+    return FlowTurbo(
+        networks.fast_predictor,
+        networks.fast_refiner,
+        schedule,
+        cfg_scale,
+        compile=compile,
+        decode=networks.fast_autoencoder.decode if decode else None,
+    ).sample
+
+
+def reference(networks: Networks, schedule: str, cfg_scale: float, decode: bool) -> Run:
+    """What every error is measured against: float32 throughout, eager."""
+    autoencoder = networks.autoencoder.decode if decode else None
+    return FlowTurbo(networks.predictor, networks.refiner, schedule, cfg_scale, decode=autoencoder).sample
+
+
+@dataclass
+class Error:
+    """The difference of a result from the exact one: rms relative to its rms, and the largest."""
+
+    rms: float
+    largest: float
+
+
+def error(result: Tensor, exact: Tensor) -> Error:
+    difference = (result.float() - exact).square()
+    return Error(float((difference.mean() / exact.square().mean()).sqrt()), float(difference.max().sqrt()))

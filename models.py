@@ -117,8 +117,8 @@ class SiT(nn.Module):
         True puts the null class in place of the label. Returns (N, C, H, W).
         Raises ValueError for an x of another shape, and for `drop` on a model without a null class.
         """
-        self._check_shapes(x=x)
-        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), self.to_patches(x)))
+        patches = self.to_patches(x, "x")
+        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), patches))
 
     def modulations(self, t: Tensor, labels: Tensor) -> Tensor:
         """All that depends on time and class, and not on the image: adaLN's shifts, scales and gates, layer by layer.
@@ -148,8 +148,14 @@ class SiT(nn.Module):
         outputs = self.final_layer(tokens, of_final).unflatten(-1, (self.patch_size**2, self.out_channels))
         return outputs[..., : self.input_shape[0]]  # of the learned-sigma channels only the mean's half
 
-    def to_patches(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, T, p*p, C): T patches of p*p pixels, both in rows."""
+    def to_patches(self, images: Tensor, name: str = "noise") -> Tensor:
+        """(N, C, H, W) -> (N, T, p*p, C): T patches of p*p pixels, both in rows.
+
+        Raises ValueError, naming them so, for images of another shape.
+        """
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"{name} has shape {tuple(images.shape)}, expected (N, {expected})")
         patches = images.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
@@ -171,18 +177,15 @@ class SiT(nn.Module):
             block.attn.fused_attn = self.pos_embed.is_cuda or dtype == torch.float32
         return self
 
-    def _check_shapes(self, **images: Tensor) -> None:
-        for name, image in images.items():
-            if image.ndim != 4 or tuple(image.shape[1:]) != self.input_shape:
-                expected = ", ".join(map(str, self.input_shape))
-                raise ValueError(f"{name} has shape {tuple(image.shape)}, expected (N, {expected})")
-
-    def _labels(self, y: Tensor, drop: Tensor | None) -> Tensor:
-        if drop is None:
-            return y
+    @property
+    def null_class(self) -> int:
+        """The index of the null class. Raises ValueError on a model without one."""
         if self.class_dropout_prob <= 0:
             raise ValueError("this model has no null class (class_dropout_prob is 0): it cannot drop labels")
-        return torch.where(drop, self.num_classes, y)
+        return self.num_classes
+
+    def _labels(self, y: Tensor, drop: Tensor | None) -> Tensor:
+        return y if drop is None else torch.where(drop, self.null_class, y)
 
 
 class PatchEmbedder(nn.Module):

@@ -29,6 +29,5 @@ class VelocityRefiner(SiT):
         x, v (N, C, H, W); t (N,) in [0, 1]; y (N,) int64; drop (N,) bool, True puts the null class.
         Returns (N, C, H, W). Raises ValueError for an x or v of another shape.
         """
-        self._check_shapes(x=x, v=v)
-        modulations = self.modulations(t, self._labels(y, drop))
-        return self.to_images(self.evaluate(modulations, self.to_patches(x), self.to_patches(v)))
+        patches = self.to_patches(x, "x"), self.to_patches(v, "v")
+        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), *patches))

@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> Summary:
         extractor = (
             pipeline.load_extractor(args.features, ranks.device, args.features_weights) if args.features else None
         )
+        sampler = pipeline.sampler_of(args, args.schedule, networks)
         samples = SampleFolder(output_folder(args), args.num_fid_samples, args.per_proc_batch_size)
         settings = settings_of(args, ranks, networks, extractor)
         samples.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> Summary:
                 if ranks.is_main:
                     print(f"already complete: {samples.archive}")
                 return Summary(samples.archive, samples.features, 0.0)
-            ms_per_image = generate(args, ranks, networks, extractor, samples)
+            ms_per_image = generate(args, ranks, networks, sampler, extractor, samples)
             ranks.barrier()
             statistics = merge_statistics(ranks, samples) if extractor is not None else {}
             ranks.agree(lambda: finish(args, samples, settings, extractor, statistics))
@@ -181,6 +182,7 @@ def generate(
     args: argparse.Namespace,
     ranks: World,
     networks: pipeline.Networks,
+    sampler: Sampler,
     extractor: Extractor | None,
     samples: SampleFolder,
 ) -> float:
@@ -190,7 +192,6 @@ def generate(
     """
     mine = range(ranks.rank, samples.batches, ranks.size)
     bar = tqdm(total=samples.count, unit="img", disable=not ranks.is_main, dynamic_ncols=True, desc="sampling")
-    sampler = pipeline.sampler_of(args, args.schedule, networks)
     with bar, ThreadPoolExecutor(1) as writer:
         written: Future | None = None
         seconds: list[float] = []

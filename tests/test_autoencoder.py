@@ -1,11 +1,12 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pipeline
 from models import SiT
-from runtime.autoencoder import ALIASES, NoAutoencoder, load_autoencoder
+from runtime.autoencoder import ALIASES, Autoencoder, NoAutoencoder, load_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,6 @@ def test_half_precision_stays_inside(vae_folder, autoencoder):
 def test_stable_diffusions_has_its_well_known_numbers():
     """From the class's defaults: neither shift nor another scale."""
     from diffusers import AutoencoderKL
-
-    from runtime.autoencoder import Autoencoder
 
     wide = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 4}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -162,3 +161,23 @@ def test_autoencoder_and_predictor_must_fit(autoencoder, channels, wrong):
         pipeline.check_match(predictor, None, autoencoder)
         with pytest.raises(ValueError, match="--vae-ckpt none is for models of 1 or 3 channels"):
             pipeline.check_match(predictor, None, NoAutoencoder())
+
+
+def test_convolutions_have_their_channels_last(autoencoder, network):
+    """The faster format; diffusers' own holds the weights as the file does."""
+    weights = [m.weight for m in autoencoder.network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert not network.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_the_decoder_is_compiled_on_cuda_alone(is_cuda):
+    options = []
+    network = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(is_cuda=is_cuda)]),
+        decoder=SimpleNamespace(compile=lambda **given: options.append(given)),
+    )
+    Autoencoder.compile(SimpleNamespace(network=network))
+    assert options == ([{"fullgraph": True, "dynamic": False}] if is_cuda else [])
+    load_autoencoder("none").compile()

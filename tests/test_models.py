@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import pipeline
 from models import SIT_CONFIGS, SiT, config_from_state, sincos_positions
 from refiner import VelocityRefiner
 from transport import Guidance
@@ -277,3 +280,119 @@ def test_rows_of_a_batch_are_independent(predictor, batch):
         together = predictor(x, t, y)
         alone = torch.cat([predictor(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+# The pieces of the forward pass that a compiled sampler calls
+
+
+def test_patches_are_cut_row_by_row_and_put_back(randomise):
+    model = SiT(**SMALL | {"input_size": (6, 12), "patch_size": 3, "in_channels": 2})
+    images = torch.randn(2, 2, 6, 12)
+    patches = model.to_patches(images)
+    assert patches.shape == (2, 8, 9, 2)
+    for row, column in ((0, 0), (0, 3), (1, 2)):
+        cut = images[:, :, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
+        assert torch.equal(patches[:, 4 * row + column], cut.flatten(2).transpose(1, 2))
+    assert torch.equal(model.to_images(patches), images)
+
+
+def test_images_of_another_shape_make_no_patches(predictor):
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 4, 4, 16\), expected \(N, 4, 8, 8\)"):
+        predictor.to_patches(torch.zeros(2, 4, 4, 16))
+
+
+@torch.no_grad()
+def test_both_branches_in_patches_equal_the_forward_pass_of_twice_the_batch(predictor, refiner, batch):
+    """The state is given once, a velocity for each branch or once."""
+    x, y = batch(3)
+    t, v = torch.full((6,), 0.3), torch.randn(6, 4, 8, 8)
+    drop = torch.arange(6) >= 3
+    labels = torch.where(drop, 10, torch.cat([y, y]))
+    twice = torch.cat([x, x])
+    once = predictor.evaluate(predictor.modulations(t, labels), predictor.to_patches(x))
+    assert once.shape == (6, 16, 4, 4)
+    torch.testing.assert_close(predictor.to_images(once), predictor(twice, t, labels), atol=1e-5, rtol=1e-5)
+    modulations = refiner.modulations(t, labels)
+    assert modulations.shape == (6, 6 * 1 + 2, 32)
+    for velocity in (v, v[:3]):
+        out = refiner.evaluate(modulations, refiner.to_patches(x), refiner.to_patches(velocity))
+        expected = refiner(twice, t, torch.cat([velocity] * (6 // len(velocity))), torch.cat([y, y]), drop)
+        torch.testing.assert_close(refiner.to_images(out), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_null_class_is_the_last_row(predictor):
+    assert predictor.null_class == 10 == len(predictor.y_embedder.embedding_table.weight) - 1
+    with pytest.raises(ValueError, match="no null class"):
+        _ = SiT(**SMALL | {"class_dropout_prob": 0.0}).null_class
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_changes_the_blocks_and_nothing_else(predictor, refiner, dtype):
+    for network in (predictor, refiner):
+        assert network.cast(dtype) is network
+        dtypes = {name: value.dtype for name, value in network.named_parameters()}
+        assert {d for name, d in dtypes.items() if name.startswith("blocks.")} == {dtype}
+        assert {d for name, d in dtypes.items() if not name.startswith("blocks.")} == {torch.float32}
+        assert not any(block.attn.fused_attn for block in network.blocks)  # slower on a CPU
+        network.cast(torch.float32)
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert all(block.attn.fused_attn for block in network.blocks)
+
+
+def errors_in_half(network, arguments, dtype):
+    """Relative errors of the output: of autocast over float32 weights, of `cast`, of all weights in half."""
+    with torch.no_grad():
+        exact = network(*arguments)
+        with torch.autocast("cpu", dtype):
+            outputs = [network(*arguments)]
+        outputs.append(copy.deepcopy(network).cast(dtype)(*arguments))
+        outputs.append(copy.deepcopy(network).to(dtype)(*arguments))
+    assert outputs[1].dtype == torch.float32
+    return [float((out.float() - exact).norm() / exact.norm()) for out in outputs]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+@pytest.mark.parametrize(("kind", "depth"), [(SiT, 4), (VelocityRefiner, 1)])
+def test_cast_makes_several_times_less_error_than_autocast(kind, depth, dtype, bound, randomise, batch):
+    """At weights of a network's usual size for its width."""
+    network = randomise(kind(**SMALL | {"hidden_size": 128, "depth": depth}), 1, std=0.05)
+    x, y = batch(16)
+    arguments = (x, torch.rand(16), y) if kind is SiT else (x, torch.rand(16), torch.randn_like(x), y)
+    of_autocast, of_cast, of_all = errors_in_half(network, arguments, dtype)
+    assert 0 < of_cast < bound
+    assert of_cast < of_autocast / 3
+    assert of_cast < of_all / 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_makes_less_error_on_a_trained_network(dtype):
+    """Its blocks do more than those of random networks, and make 0.6 times the error of all."""
+    network = pipeline.load_network(SiT, "assets/digits-predictor.pt")
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(64, 1, 8, 8, generator=generator), torch.rand(64, generator=generator)
+    of_autocast, of_cast, of_all = errors_in_half(network, (x, t, torch.arange(64) % 10), dtype)
+    assert 0 < of_cast < 0.75 * of_autocast
+    assert of_cast < 0.5 * of_all
+
+
+def test_a_full_size_sampler_holds_at_most_1600_megabytes():
+    """SiT-XL/2, its refiner and Stable Diffusion's decoder, as sampled with in bf16."""
+    from diffusers import AutoencoderKL
+
+    def held(*modules):
+        return sum(p.nbytes for module in modules for p in (*module.parameters(), *module.buffers()))
+
+    config = SIT_CONFIGS["SiT-XL/2"]
+    predictor, refiner = on_meta(SiT, **config), on_meta(VelocityRefiner, **config | {"depth": 1})
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    autoencoder = on_meta(AutoencoderKL, **blocks, **widths)
+    modules = predictor, refiner, autoencoder.decoder, autoencoder.post_quant_conv
+    assert held(*modules) > 3e9
+    for network in (predictor, refiner):
+        network.cast(torch.bfloat16)
+    autoencoder.to(torch.bfloat16)
+    assert 1.5e9 < held(*modules) <= 1.6e9

@@ -1,14 +1,18 @@
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import pipeline
 import sample
 from models import SiT
 from refiner import VelocityRefiner
 from runtime import cli
+from runtime.autoencoder import NoAutoencoder
 
 
 def pixels(path):
@@ -67,7 +71,6 @@ def test_the_models_first_classes_are_drawn_four_in_a_row(draw):
 
 
 def test_the_pictures_are_what_the_sampler_computes(draw, pixel_models, batch):
-    import pipeline
     from runtime.images import to_uint8
     from runtime.randomness import keyed_noise
     from transport import FlowTurbo
@@ -258,3 +261,102 @@ def test_a_place_that_takes_no_file_is_named(pixel_models, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write '.*a\.png'"):
         sample.main([*pixel_models, "--device", "cpu", "--schedule", "E1", "--out", str(tmp_path / "file" / "a.png")])
+
+
+# Compilation and quantisation
+
+
+@pytest.fixture
+def untimed(monkeypatch, compiler):
+    """Graphs without code generation, and the names of what was sampled with them."""
+    sampled, original = [], sample.sample_row
+
+    def counted(args, sampler, *rest):
+        sampled.append(str(sampler) if sampler.compiled else f"{sampler} eager")
+        return original(args, sampler, *rest)
+
+    monkeypatch.setattr(sample, "sample_row", counted)
+    with compiler("eager"):
+        yield sampled
+
+
+@pytest.mark.parametrize("flags", [["--cfg-scale", 1], ["--refiner-step", "single", "--num-images", 5]], ids=str)
+def test_compiled_pictures_equal_eager_ones(draw, untimed, flags):
+    """The second in batches of 4 and of 1."""
+    flags = ["--schedule", "H1P2R2", "--batch-size", 4, *flags]
+    compiled, said = draw("--compile", *flags)
+    eager, said_eager = draw(*flags)
+    assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+    assert untimed == ["H1P2R2", "H1P2R2 eager"]
+    evaluations = re.search(r"H1P2R2   (4 \+ \d) evaluations", said_eager)[1]
+    scale = r"cfg 1" if 1 in flags else "cfg 4"
+    assert re.match(
+        rf"H1P2R2 compiled   {re.escape(evaluations)} evaluations   {scale}   \S+ ms/image, compilation included\n",
+        said,
+    )
+
+
+def test_compared_samplers_are_timed_after_their_compilation(draw, untimed):
+    flags = ["--compare", "H2", "P2R1", "--classes", 1, 2, 3, "--compile"]
+    compiled, said = draw(*flags)
+    assert untimed == ["H2", "H2", "P2R1", "P2R1"]
+    assert re.match(
+        r"H2 compiled   4 evaluations .* ms/image\nP2R1 compiled   3 \+ 2 evaluations .* ms/image\n", said
+    )
+    eager, _ = draw(*flags[:-1])
+    height, top = 32 + 2 + int(12 * 1.6), 2 + int(12 * 1.6)
+    for row in (0, 1):
+        place = slice(top + row * height, top + row * height + 32), slice(0, 3 * 34)  # captions may be wider
+        assert pixels(eager)[place].std() > 10
+        assert np.abs(pixels(compiled)[place] - pixels(eager)[place]).max() <= 1
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_is_sampled(draw, untimed):
+    with pytest.raises(ValueError, match="only schedules of blocks can be compiled, not dopri5"):
+        draw("--compare", "H2", "dopri5", "--compile")
+    assert untimed == []
+
+
+def test_the_autoencoder_is_compiled_with_the_networks(draw, untimed, monkeypatch):
+    calls = []
+    monkeypatch.setattr(NoAutoencoder, "compile", lambda self: calls.append(self))
+    draw("--schedule", "E1")
+    assert calls == []
+    draw("--schedule", "E1", "--compile")
+    assert len(calls) == 1
+
+
+def test_quantising_without_torchao_says_what_to_install(draw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match=r"^--quantize needs torchao: pip install torchao$"):
+        draw("--schedule", "E1", "--quantize", "int8")
+
+
+def test_a_kind_that_the_device_cannot_compute_is_one_line(draw, monkeypatch):
+    def fail(*_):
+        raise AssertionError("Float8 needs compute capability\n8.9")
+
+    names = {name: lambda *_, **__: None for name in ("Int8DynamicActivationInt8WeightConfig", "PerRow")}
+    fake = SimpleNamespace(**names, Float8DynamicActivationFloat8WeightConfig=lambda **_: None, quantize_=fail)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    expected = "^--quantize float8 does not work on this device: Float8 needs compute capability 8.9$"
+    with pytest.raises(ValueError, match=expected):
+        draw("--schedule", "E1", "--quantize", "float8")
+
+
+def test_quantised_networks_stay_near_and_tell_their_error(draw, untimed, predictor, refiner):
+    pytest.importorskip("torchao")
+    eager, said = draw("--schedule", "H1P1R1", "--quantize", "int8")
+    errors = re.findall(r"^(\w+) in int8: relative rms error of its output (\S+)$", said, re.MULTILINE)
+    assert [name for name, _ in errors] == ["SiT", "VelocityRefiner"]
+    assert all(0 < float(error) < 0.05 for _, error in errors)
+    exact, _ = draw("--schedule", "H1P1R1")
+    assert 0 < np.abs(pixels(eager) - pixels(exact)).mean() < 5
+    compiled, _ = draw("--schedule", "H1P1R1", "--quantize", "int8", "--compile")
+    assert np.abs(pixels(compiled) - pixels(eager)).mean() < 0.1
+    for network in (predictor, refiner):
+        pipeline.quantize(network, "int8")
+        linear = {n: type(m.weight) for n, m in network.blocks.named_modules() if isinstance(m, torch.nn.Linear)}
+        changed = {name.split(".", 1)[1] for name, kind in linear.items() if kind is not torch.nn.Parameter}
+        assert changed == {"attn.qkv", "mlp.fc1", "mlp.fc2"}

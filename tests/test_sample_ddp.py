@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+import pipeline
 import sample_ddp_feature as ddp
 from evaluation import FeatureSet, GaussianStatistics, ImageArchive, extract, make_extractor
 from runtime.autoencoder import NoAutoencoder
 from runtime.files import exclusive
 from runtime.samples import read_archive
+from transport.compiled import CompiledTrajectory
 
 SETTINGS = ["--device", "cpu", "--schedule", "H1P2R1", "--per-proc-batch-size", "4"]
 COUNT = 18  # not a multiple of 4: five micro-batches, the last half full
@@ -114,7 +116,6 @@ def test_the_evaluator_reads_both_files(reference, tmp_path):
 
 def test_sample_i_is_what_the_sampler_makes_of_seed_and_i(reference, pixel_models):
     """Its own batch of one; float rounding may tip a byte."""
-    import pipeline
     from models import SiT
     from refiner import VelocityRefiner
     from runtime.images import to_uint8
@@ -362,6 +363,8 @@ def test_labels_are_drawn_by_key_or_in_turn(draw, monkeypatch):
         (["--precision", "bf16"], "precision 'torch.float32', not 'torch.bfloat16'"),
         (["--features", "pixels"], "features None, not 'pixels'"),
         (["--png"], "png False, not True"),
+        (["--compile"], "compile False, not True"),
+        (["--quantize", "int8"], "quantize None, not 'int8'"),
         (["predictor"], "predictor_sha256 "),
         (["refiner"], "refiner_sha256 "),
     ],
@@ -374,6 +377,7 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(
     from refiner import VelocityRefiner
 
     interrupt_after(monkeypatch, 1)
+    monkeypatch.setattr(pipeline, "quantize", lambda *_: 0.0)  # which needs torchao
     with pytest.raises(Interrupted):
         draw()
     if len(flags) == 1 and not flags[0].startswith("-"):
@@ -418,6 +422,25 @@ def test_a_grey_model_makes_grey_images_and_their_features(save_network, draw, t
     theirs = extract(make_extractor("pixels"), ImageArchive(tmp_path / "a.npz"), keep=["pool"], progress=False)
     assert torch.equal(ours.pool, theirs.pool)
     assert Image.open(tmp_path / "a" / "png" / "000003.png").mode == "L"
+
+
+def test_compiled_sets_equal_eager_ones(reference, draw, compiler, tmp_path, monkeypatch):
+    """Every micro-batch is full, the last by padding, so that one set of graphs serves all."""
+    rows, original = [], CompiledTrajectory.sample
+    monkeypatch.setattr(CompiledTrajectory, "sample", lambda self, z, y: rows.append(len(z)) or original(self, z, y))
+    with compiler("eager"):
+        draw("--compile")
+    assert rows == [4] * 5
+    assert np.abs(images(tmp_path).astype(int) - images(reference[0])).max() <= 1
+    with pytest.raises(ValueError, match="was made with compile True, not False"):
+        draw()
+    assert draw("--compile").ms_per_image == 0
+
+
+def test_what_cannot_be_compiled_leaves_no_folder_behind(draw, tmp_path):
+    with pytest.raises(ValueError, match="only schedules of blocks can be compiled, not dopri5"):
+        draw("--compile", "--schedule", "dopri5")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_default_tag_names_the_settings():

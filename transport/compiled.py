@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,8 @@ Decode = Callable[[Tensor], Tensor]
 class PatchNetwork(Protocol):
     """What a network offers to be compiled, as SiT and VelocityRefiner do."""
 
-    num_classes: int  # and the index of the null class
+    @property
+    def null_class(self) -> int: ...
 
     def to_patches(self, images: Tensor) -> Tensor: ...
 
@@ -107,6 +109,7 @@ class CompiledTrajectory:
         self.blocks = "H" + blocks[1:] if blocks[0] == "P" else blocks
         self.times, self.guidance, self.refiner_form, self.decode = list(times), guidance, refiner_form, decode
         self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
+        self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
 
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
@@ -115,12 +118,13 @@ class CompiledTrajectory:
         Raises ValueError where this machine cannot compile.
         """
         inputs = (z, y, *self._numbers(z))
-        if not z.is_cuda:
+        if not (z.is_cuda and self.recording):
             return self._sample(*inputs)
         key = (z.shape, z.dtype, z.device)
-        if key not in self.recordings:
-            self.recordings[key] = record(self._sample, inputs)
-        return self.recordings[key](*inputs)
+        with torch.cuda.device(z.device):
+            if key not in self.recordings:
+                self.recordings[key] = record(self._sample, inputs)
+            return self.recordings[key](*inputs)
 
     def trajectory(self, z: Tensor, y: Tensor) -> Iterator[Step]:
         """The Step after each block, as images."""
@@ -147,13 +151,13 @@ class CompiledTrajectory:
         x, v = self.predictor.to_patches(z), None
         for block, t0, t1 in zip(self.blocks, instants[:-1], instants[1:], strict=True):
             with graph_limits(), compiler_errors():
-                x, v = self.step(block, *settings, x, v if block in "PR" else None, t0, t1, scale)
+                x, v = self.step(block, *settings, x, v, t0, t1, scale)
             yield Step(x, v)
 
     def _conditioning(self, network: PatchNetwork, times: Tensor, y: Tensor) -> list[Tensor]:
         """The network's modulations at every time, as Instant has them, all computed in one go."""
         guided = [self.guidance.active(t) for t in self.times]
-        labels = torch.cat([y, y.new_full((1,), network.num_classes)]) if any(guided) else y
+        labels = torch.cat([y, y.new_full((1,), network.null_class)]) if any(guided) else y
         t = times.float()[:, None].expand(-1, len(labels))
         table = network.modulations(t.flatten(), labels.repeat(len(times))).unflatten(0, t.shape)
         return [rows if both else rows[: len(y)] for rows, both in zip(table, guided, strict=True)]
@@ -173,10 +177,11 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads write files meanwhile
+        # Other threads write files meanwhile: their calls are no part of it.
+        with torch.cuda.graph(graph, pool=shared_pool(buffers[0].device), capture_error_mode="thread_local"):
             output = function(*buffers)
     except RuntimeError as error:
-        warnings.warn(f"no CUDA graph, sampling goes on without: {str(error).splitlines()[0]}", stacklevel=2)
+        warnings.warn(f"no CUDA graph, sampling goes on without: {said(error)[0]}", stacklevel=2)
         return function
 
     def replay(*values: Tensor) -> Tensor:
@@ -186,6 +191,13 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
         return output.clone()
 
     return replay
+
+
+@cache
+def shared_pool(device: torch.device) -> Any:
+    """The memory that all recordings on a device work in: only one replays at a time, and keeps nothing but its
+    output."""
+    return torch.cuda.graph_pool_handle()
 
 
 def graph_limits() -> AbstractContextManager:
@@ -198,9 +210,16 @@ def compiler_errors() -> Iterator[None]:
     """Raises ValueError in place of what torch.compile raises where the machine has no working compiler."""
     try:
         yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error.inner_exception).strip().splitlines()[0]
+    except torch._dynamo.exc.ShortenTraceback as error:  # BackendCompilerFailed, or Inductor's own for want of Triton
+        cause = getattr(error, "inner_exception", error)
+        lines = said(cause)
+        reason = next((line for line in lines if "error: " in line), lines[0])  # a C++ compiler's own words
         raise ValueError(
             f"this machine cannot compile (a C++ compiler on CPU, Triton on CUDA are needed): {reason}; "
-            "sample without compilation"
+            "go on without --compile"
         ) from error
+
+
+def said(error: BaseException) -> list[str]:
+    """The lines of an error's message, or its name where it has none."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -21,9 +21,9 @@ import torch
 
 import pipeline
 from benchmarks import ablation, sampling, training
-from benchmarks.measure import describe, has_bf16, roofline
+from benchmarks.measure import describe, roofline
 from benchmarks.plan import Plan
-from benchmarks.report import SCHEDULES, plot
+from benchmarks.report import SCHEDULES, plot, ratios
 from models import SIT_CONFIGS
 from runtime import cli
 from runtime.distributed import pick_device
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--decode", action=argparse.BooleanOptionalAction, help="only with, or only without decoding (default: both)"
     )
-    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance; 1 is none")
+    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance")
     parser.add_argument("--repeats", type=int, help="timed rounds (default: 20; on a CPU 3)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:K or cpu")
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_of(args)
     for file in filter(None, (args.json, args.plot)):
         check_writable(Path(file))
-    if plan.device.type == "cpu":
+    if plan.device.type == "cuda":
+        torch.cuda.set_device(plan.device)
+    else:
         torch.set_num_threads(args.threads)
     best = roofline(plan.device, plan.dtype)
     for line in (*describe(plan.device), str(plan)):
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [asdict(row) for row in ablation.measure(plan)]
     else:
         measured = sampling.measure(plan, best)
-        rows = [asdict(row) for row in measured]
+        rows = [{**asdict(row), "ratios": ratios(row, measured)} for row in measured]
         if args.plot:
             save_png(args.plot, plot(measured))
             print(f"saved {args.plot}")
@@ -102,7 +104,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
     for text in args.schedules or ():
         Schedule.parse(text)
-    Guidance(args.cfg_scale)
+    if Guidance(args.cfg_scale).scale == 1:
+        parser.error(
+            "--cfg-scale 1 leaves nothing to compare with: the published code cannot sample without guidance"
+        )
+    if args.train and (args.schedules or args.decode is not None):
+        parser.error("--train has no --schedules and no --decode")
     if args.plot and (args.train or args.ablate or Path(args.plot).suffix.lower() != ".png"):
         parser.error("--plot is for the table of schedules, and its name must end in .png")
     return args
@@ -112,7 +119,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """What to measure, by what is sensible on this device where the flags say nothing."""
     device = pick_device(args.device)
     gpu = device.type == "cuda"
-    auto = torch.bfloat16 if has_bf16(device) else torch.float32
+    auto = torch.bfloat16 if pipeline.has_bf16(device) else torch.float32
     schedules = ["H1P5R3"] if args.ablate else SCHEDULES if gpu else ["H8", "H1P5R3", "H2P4R2"]
     return Plan(
         device=device,

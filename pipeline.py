@@ -130,8 +130,15 @@ def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Au
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """The torch dtype for "auto" (bf16 on CUDA where the device has it, else fp32), "fp32", "bf16" or "fp16"."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself; one that emulates them is slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -37,8 +37,8 @@ class Timing:
 
 
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """What measures the seconds of a call: by events on CUDA, on a CPU by the process time of its one thread,
-    which other programs disturb least."""
+    """What measures the seconds of a call: by events on CUDA; on a CPU by the process time if it has one thread,
+    which other programs disturb least, else by the wall."""
 
     def on_cuda(call: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -48,10 +48,12 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
         torch.cuda.synchronize(device)
         return begin.elapsed_time(end) / 1000
 
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
     def on_cpu(call: Callable[[], object]) -> float:
-        begin = time.process_time()
+        begin = clock()
         call()
-        return time.process_time() - begin
+        return clock() - begin
 
     return on_cuda if device.type == "cuda" else on_cpu
 
@@ -68,6 +70,16 @@ def interleave(
             if k >= 0:
                 timings[name].seconds.append(spent)
     return timings
+
+
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """The call so many times in a row."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -100,7 +112,10 @@ def roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roof
 def kernel_seconds(
     rows: int, tokens: int, width: int, heads: int, hidden: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of the bare kernels of one transformer block at its real shapes; the floor under an evaluation."""
+    """Seconds of the bare kernels of one transformer block at its real shapes; the floor under an evaluation.
+
+    Each is launched many times in a row, so that what is measured is the kernel and not its launch.
+    """
     x = torch.randn(rows * tokens, width, device=device).to(dtype)
     wide = torch.randn(rows * tokens, hidden, device=device).to(dtype)
     weights = {
@@ -119,28 +134,34 @@ def kernel_seconds(
 
     calls: dict[str, Callable[[], Tensor]] = {name: product(name) for name in weights}
     calls["attention"] = lambda: F.scaled_dot_product_attention(q, k, v)
+    launches = 100 if device.type == "cuda" else 1
+
     with torch.no_grad():
-        timings = interleave(calls, device, repeats=10, warm_up=3, title="bare kernels")
-    return {name: timing.median for name, timing in timings.items()}
+        rounds = {name: repeated(call, launches) for name, call in calls.items()}
+        timings = interleave(rounds, device, repeats=10, warm_up=3, title="bare kernels")
+    return {name: timing.median / launches for name, timing in timings.items()}
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of the peak memory."""
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call holds at its peak above what was held before it; on a CPU of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        with contextlib.suppress(OSError):  # where it may not, the peak is that of the whole process so far
-            Path("/proc/self/clear_refs").write_text("5")
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(OSError):  # where it may not, the peak is that of the whole process so far
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since `reset_peak`: on the GPU, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _status(name: str) -> int:
+    """Bytes of this process by the system's count; 0 where it has none."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
 def describe(device: torch.device) -> list[str]:
@@ -148,21 +169,15 @@ def describe(device: torch.device) -> list[str]:
     lines = [f"torch {torch.__version__}, Python {platform.python_version()}"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        backends = [
-            name
-            for name in ("flash", "mem_efficient", "math", "cudnn")
-            if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
-        ]
-        try:
-            clock = f"{torch.cuda.clock_rate(device)} MHz"
-        except (RuntimeError, ImportError):  # without pynvml
-            clock = "clock unknown"
+        q = torch.empty(2, 16, 256, 72, device=device, dtype=torch.bfloat16)
+        backend = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+        clock = f"{getattr(properties, 'clock_rate', 0) / 1000:.0f} MHz at most"
         lines.insert(0, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {clock}")
-        lines.append(f"CUDA {torch.version.cuda}, attention backends {', '.join(backends)}")
+        lines.append(f"CUDA {torch.version.cuda}, attention by {backend}")
         lines.append(f"TF32 in float32 products: {torch.backends.cuda.matmul.allow_tf32}")
     else:
-        lines.insert(0, f"{processor()}, {torch.get_num_threads()} thread, clocked by process time")
-        lines.append(f"instructions {torch.backends.cpu.get_cpu_capability()}, bfloat16 {has_bf16(device)}")
+        lines.insert(0, f"{processor()}, {torch.get_num_threads()} threads; one is clocked by process time")
+        lines.append(f"instructions {torch.backends.cpu.get_cpu_capability()}")
     return lines
 
 
@@ -170,10 +185,3 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices itself."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

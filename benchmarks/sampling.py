@@ -7,23 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._inductor.utils
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import Roofline, flops, interleave, kernel_seconds, peak_memory, reset_peak
+from benchmarks.measure import Roofline, flops, interleave, kernel_seconds, peak_memory
 from benchmarks.plan import Plan
 from benchmarks.report import LEGEND, Row, against_paper, table
 from benchmarks.variants import (
     VARIANTS,
     Networks,
+    Sampler,
     build_networks,
     error,
     make,
     noise_and_labels,
     reference,
     stable_diffusion_autoencoder,
+    tf32,
 )
-from transport import Schedule
+from pipeline import autocast
+from transport import FlowTurbo, Schedule
 
 
 @dataclass
@@ -60,9 +64,11 @@ def measure(plan: Plan, best: Roofline) -> list[Row]:
     rows: list[Row] = []
     for batch_size in plan.batch_sizes:
         for decode in plan.decode:
-            group = measure_group(plan, best, networks, work, batch_size, decode)
+            torch._dynamo.reset()
+            with torch._inductor.utils.fresh_cache():  # first calls are those of a machine that never compiled this
+                group = measure_group(plan, best, networks, work, batch_size, decode)
             print(f"batch {batch_size}, {'with' if decode else 'without'} decoding")
-            print(table(group), end="\n\n")
+            print(table(group), end="\n\n", flush=True)
             if paper := against_paper(group):
                 print(paper, end="\n\n")
             rows += group
@@ -78,29 +84,33 @@ def measure_group(
     z, y = noise_and_labels(networks, batch_size)
     names = [(variant, schedule) for variant in VARIANTS for schedule in plan.schedules]
     exact = {
-        s: reference(networks, s, plan.cfg_scale, decode)(z, y)
+        s: reference(networks, s, plan.cfg_scale, decode).sample(z, y)
         for s in tqdm(plan.schedules, desc="float32", leave=False, disable=None)
     }
+
+    def call(sampler: Sampler) -> Callable[[], Tensor]:
+        return lambda: sampler.sample(z, y)
+
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     first, errors, memory = {}, {}, {}
     for name in tqdm(names, desc="first calls", unit="call", leave=False, disable=None):
-        run = make(networks, *name, plan.cfg_scale, decode)
-        calls[name] = lambda run=run: run(z, y)
+        variant, schedule = name
+        sampler = make(networks, *name, plan.cfg_scale, decode)
+        calls[name] = call(sampler)
         begin = time.perf_counter()
-        errors[name] = error(calls[name](), exact[name[1]])
+        errors[name] = error(calls[name](), exact[schedule])
         first[name] = time.perf_counter() - begin
-        reset_peak(plan.device)
-        calls[name]()
-        memory[name] = peak_memory(plan.device)
+        memory[name] = networks.weights(variant, decode) + peak_memory(
+            without_recording(sampler, calls[name]), plan.device
+        )
     parts: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for variant in VARIANTS:  # one more block of each kind shows what it takes
         for schedule in ("H1", "H2", "H1R1", "H1R2"):
-            run = make(networks, variant, schedule, plan.cfg_scale, False)
-            parts[variant, schedule] = lambda run=run: run(z, y)
+            parts[variant, schedule] = call(make(networks, variant, schedule, plan.cfg_scale, False))
             parts[variant, schedule]()
-    if decode:
-        for variant, autoencoder in (("released", networks.autoencoder), ("FlowTurbo", networks.fast_autoencoder)):
-            parts[variant, "decode"] = lambda autoencoder=autoencoder: autoencoder.decode(z)
+        if decode:
+            parts[variant, "decode"] = decoding(networks, variant, z)
+            parts[variant, "decode"]()
     rounds = {"repeats": plan.repeats, "warm_up": plan.warm_up}
     timings = interleave(calls, plan.device, **rounds, title=f"batch {batch_size}")
     seconds = {name: t.median for name, t in interleave(parts, plan.device, **rounds, title="parts").items()}
@@ -111,8 +121,9 @@ def measure_group(
         predictor, refiner = Schedule.parse(schedule).evaluations()
         heun_block = max(0.0, seconds[variant, "H2"] - seconds[variant, "H1"])
         refiner_block = max(0.0, seconds[variant, "H1R2"] - seconds[variant, "H1R1"])
-        decoding = seconds[variant.removesuffix(" compiled"), "decode"] if decode else 0.0
-        bare = kernels * (predictor * plan.depth + refiner) + (seconds["FlowTurbo", "decode"] if decode else 0.0)
+        bare = kernels * (predictor * plan.depth + refiner)
+        if decode:
+            bare += seconds["FlowTurbo compiled", "decode"]
         rate = batch_size * work.per_image(schedule, plan.cfg_scale, decode) / timing.median
         to_ms = 1000 / batch_size
         rows.append(
@@ -129,13 +140,42 @@ def measure_group(
                 of_kernels=bare / timing.median,
                 predictor_ms=predictor / 2 * heun_block * to_ms,
                 refiner_ms=refiner / 2 * refiner_block * to_ms,
-                decode_ms=decoding * to_ms,
+                decode_ms=(seconds[variant, "decode"] if decode else 0.0) * to_ms,
                 memory=memory[variant, schedule],
                 first_call=first[variant, schedule],
                 error=errors[variant, schedule],
             )
         )
     return rows
+
+
+def without_recording(sampler: Sampler, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call with its kernels launched one by one: the memory of a recorded graph is not counted as it runs."""
+
+    def run() -> Tensor:
+        compiled = sampler.compiled if isinstance(sampler, FlowTurbo) else None
+        if compiled is None:
+            return call()
+        compiled.recording = False
+        try:
+            return call()
+        finally:
+            compiled.recording = True
+
+    return run
+
+
+def decoding(networks: Networks, variant: str, z: Tensor) -> Callable[[], Tensor]:
+    """A variant's decoding alone."""
+    decode = networks.autoencoder_of(variant).decode
+    if variant.startswith("FlowTurbo"):
+        return lambda: decode(z)
+
+    def published() -> Tensor:
+        with tf32(), autocast(z.device, networks.dtype):
+            return decode(z)
+
+    return published
 
 
 def bare_seconds(plan: Plan, networks: Networks, batch_size: int) -> float:

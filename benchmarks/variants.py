@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.plan import Plan
 from models import SIT_CONFIGS, SiT
+from pipeline import autocast
 from refiner import VelocityRefiner
 from runtime.autoencoder import Autoencoder
 from runtime.randomness import keyed_noise
@@ -19,7 +22,13 @@ from transport.compiled import graph_limits
 from transport.guidance import guide
 from transport.integrators import integrate
 
-Run = Callable[[Tensor, Tensor], Tensor]  # noise z, labels y -> latents or images
+
+class Sampler(Protocol):
+    """What ReleasedStyle and FlowTurbo have in common."""
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor: ...
+
+
 VARIANTS = ("released", "FlowTurbo", "released compiled", "FlowTurbo compiled")
 
 
@@ -37,8 +46,30 @@ class Networks:
         self.fast_predictor = copy.deepcopy(self.predictor).cast(self.dtype) if half else self.predictor
         self.fast_refiner = copy.deepcopy(self.refiner).cast(self.dtype) if half else self.refiner
         self.fast_autoencoder = copy.deepcopy(self.autoencoder).to(self.dtype)
-        self.fast_autoencoder.compile()
         self.autoencoder.network.to(memory_format=torch.contiguous_format)  # as the published code decodes
+        # On a CPU these are no other than the two above: compiling would gain nothing.
+        self.compiled_autoencoder = copy.deepcopy(self.autoencoder)
+        self.fast_compiled_autoencoder = copy.deepcopy(self.fast_autoencoder)
+        for autoencoder in (self.compiled_autoencoder, self.fast_compiled_autoencoder):
+            autoencoder.compile()
+        # The published code does not freeze its weights: autocast then keeps what it has cast until it ends.
+        for network in (self.predictor, self.refiner, self.autoencoder, self.compiled_autoencoder):
+            network.requires_grad_(True)
+
+    def autoencoder_of(self, variant: str) -> Autoencoder:
+        """The one that a variant decodes with."""
+        compiled, fast = variant.endswith("compiled"), variant.startswith("FlowTurbo")
+        name = "_".join(["fast"] * fast + ["compiled"] * compiled + ["autoencoder"])
+        return getattr(self, name)
+
+    def weights(self, variant: str, decode: bool) -> int:
+        """Bytes of the weights that a variant samples with."""
+        fast = variant.startswith("FlowTurbo")
+        held = [self.fast_predictor, self.fast_refiner] if fast else [self.predictor, self.refiner]
+        if decode:
+            autoencoder = self.autoencoder_of(variant).network
+            held += [autoencoder.decoder, autoencoder.post_quant_conv]
+        return sum(p.numel() * p.element_size() for network in held for p in network.parameters())
 
 
 def build_networks(plan: Plan) -> Networks:
@@ -88,8 +119,9 @@ def awaken(network: SiT) -> SiT:
 class ReleasedStyle:
     """Sampling with the costs of the published code.
 
-    float32 weights, under autocast in half precision; time and class embedded in every evaluation; a doubled state;
-    times on the host. `compile` compiles each network as a whole, and nothing of what lies between them.
+    float32 weights, in half precision under one autocast round trajectory and decoding, in float32 with TF32; time
+    and class embedded in every evaluation; a doubled state; times on the host. `compile` compiles each network as a
+    whole, and nothing of what lies between them.
     """
 
     def __init__(
@@ -104,7 +136,7 @@ class ReleasedStyle:
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.predictor, self.refiner = (whole(n) if compile else n for n in (predictor, refiner))
-        self.null, self.schedule = predictor.num_classes, Schedule.parse(schedule)
+        self.null, self.schedule = predictor.null_class, Schedule.parse(schedule)
         self.cfg_scale, self.dtype, self.decode = cfg_scale, dtype, decode
 
     @torch.no_grad()
@@ -114,8 +146,7 @@ class ReleasedStyle:
         labels = torch.cat([y, torch.full_like(y, self.null)])
 
         def guided(network: Callable[..., Tensor], x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-            with torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                both = network(torch.cat([x[:n], x[:n]]), t.to(z.device).expand(2 * n), *rest, labels)
+            both = network(torch.cat([x[:n], x[:n]]), t.to(z.device).expand(2 * n), *rest, labels)
             return guide(both.float(), self.cfg_scale, 3)
 
         steps = integrate(
@@ -125,10 +156,21 @@ class ReleasedStyle:
             self.schedule.times(),
             offset=lambda x, t, v: guided(self.refiner, x, t, v),
         )
-        with graph_limits():
+        with graph_limits(), tf32(), autocast(z.device, self.dtype):
             for step in steps:
                 latents = step.x[:n]
-        return latents if self.decode is None else self.decode(latents)
+            return latents if self.decode is None else self.decode(latents)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """float32 matrix products in TF32, on CUDA devices that have it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def whole(network: SiT) -> Callable[..., Tensor]:
@@ -138,33 +180,21 @@ def whole(network: SiT) -> Callable[..., Tensor]:
     return torch.compile(network, dynamic=False)
 
 
-def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool) -> Run:
-    """The sampling function of a name in VARIANTS."""
-    compile = variant.endswith("compiled")
+def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool) -> Sampler:
+    """The sampler of a name in VARIANTS."""
+    how: dict[str, Any] = {
+        "compile": variant.endswith("compiled"),
+        "decode": networks.autoencoder_of(variant).decode if decode else None,
+    }
     if variant.startswith("released"):
-        return ReleasedStyle(
-            networks.predictor,
-            networks.refiner,
-            schedule,
-            cfg_scale,
-            networks.dtype,
-            compile=compile,
-            decode=networks.autoencoder.decode if decode else None,
-        ).sample
-    return FlowTurbo(
-        networks.fast_predictor,
-        networks.fast_refiner,
-        schedule,
-        cfg_scale,
-        compile=compile,
-        decode=networks.fast_autoencoder.decode if decode else None,
-    ).sample
+        return ReleasedStyle(networks.predictor, networks.refiner, schedule, cfg_scale, networks.dtype, **how)
+    return FlowTurbo(networks.fast_predictor, networks.fast_refiner, schedule, cfg_scale, **how)
 
 
-def reference(networks: Networks, schedule: str, cfg_scale: float, decode: bool) -> Run:
+def reference(networks: Networks, schedule: str, cfg_scale: float, decode: bool) -> FlowTurbo:
     """What every error is measured against: float32 throughout, eager."""
     autoencoder = networks.autoencoder.decode if decode else None
-    return FlowTurbo(networks.predictor, networks.refiner, schedule, cfg_scale, decode=autoencoder).sample
+    return FlowTurbo(networks.predictor, networks.refiner, schedule, cfg_scale, decode=autoencoder)
 
 
 @dataclass

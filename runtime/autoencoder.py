@@ -59,7 +59,7 @@ class Autoencoder(nn.Module):
     def compile(self) -> None:
         """Make the decoder a static graph on CUDA; on a CPU that takes half a minute and gains nothing."""
         if next(self.network.parameters()).is_cuda:
-            self.network.decoder.compile(fullgraph=True, dynamic=False)
+            self.network.decoder.compile(dynamic=False)
 
 
 class NoAutoencoder(nn.Module):

@@ -42,7 +42,7 @@ def test_the_published_way_gives_the_same_latents(predictor, refiner, batch):
     torch.testing.assert_close(released, ours, atol=1e-5, rtol=1e-5)
 
 
-def test_work_is_that_of_the_facts():
+def test_work_of_one_image():
     """SiT-XL/2 237.2 GFLOP a row, the refiner 8.5, decoding an image 622; H1P5R3 with decode 4.05 TFLOP an image."""
     with torch.device("meta"):
         networks = variants.Networks.__new__(variants.Networks)
@@ -91,7 +91,9 @@ def test_the_plot_has_bars_as_long_as_the_times():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_table_of_schedules(tmp_path, capsys, precision):
+def test_the_table_of_schedules(tmp_path, capsys, precision, request):
+    if precision == "bf16":
+        request.getfixturevalue("quick_compiler")
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     flags = ["--schedules", "H2", "H1R1", "--batch-sizes", "2", "--no-decode", "--precision", precision]
     benchmark.main([*TINY, *flags, "--json", str(out), "--plot", str(picture)])
@@ -156,6 +158,8 @@ def test_the_training_benchmark_compares_like_with_like(tmp_path, capsys, quick_
         ["--plot", "x.jpg"],
         ["--train", "--plot", "x.png"],
         ["--cfg-scale", "-1"],
+        ["--cfg-scale", "1"],
+        ["--train", "--schedules", "H8"],
     ],
 )
 def test_bad_flags_are_refused(flags, capsys):

@@ -347,7 +347,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream.name))
 
     class Stream:
         def __init__(self, cuda, name):
@@ -368,15 +368,15 @@ class FakeCuda:
         self.stream = before
 
     @contextmanager
-    def capture(self, graph, pool=None, capture_error_mode="global"):
+    def capture(self, graph, stream=None, capture_error_mode="global"):
         assert graph is self
-        assert pool == "pool"
+        assert stream.name == "side"
         self.log.append(f"capture, {capture_error_mode}")
         before, self.stream = self.stream, "capture"
         yield
-        self.stream = before
-        if self.fails is not None:
+        if self.fails is not None:  # as torch's: the stream of the recording stays
             raise self.fails
+        self.stream = before
 
     def replay(self):
         inputs, output = self.calls[-1]
@@ -405,6 +405,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_a_warning(monkeypatch, messa
     reason = message.split("\n")[0] or "RuntimeError"
     with pytest.warns(UserWarning, match=f"^no CUDA graph, sampling goes on without: {reason}$"):
         function = compiled.record(cuda.function, [torch.zeros(2)])
+    assert cuda.stream == "main"
     before = len(cuda.calls)
     assert function(torch.ones(2)).tolist() == [2.0, 2.0]
     assert len(cuda.calls) == before + 1

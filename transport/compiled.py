@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -168,19 +167,21 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
 
     Every call copies its inputs into the recording's buffers and returns a copy of its output.
     """
-    buffers = [value.clone() for value in inputs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode(False):  # buffers that may be written in any mode
+        buffers = [value.clone() for value in inputs]
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, tunes and allocates, none of which may happen while recording
             function(*buffers)
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads write files meanwhile: their calls are no part of it.
-        with torch.cuda.graph(graph, pool=shared_pool(buffers[0].device), capture_error_mode="thread_local"):
+        # Other threads write files meanwhile: what they call is no part of it.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             output = function(*buffers)
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a failed recording may leave its own
         warnings.warn(f"no CUDA graph, sampling goes on without: {said(error)[0]}", stacklevel=2)
         return function
 
@@ -191,13 +192,6 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
         return output.clone()
 
     return replay
-
-
-@cache
-def shared_pool(device: torch.device) -> Any:
-    """The memory that all recordings on a device work in: only one replays at a time, and keeps nothing but its
-    output."""
-    return torch.cuda.graph_pool_handle()
 
 
 def graph_limits() -> AbstractContextManager:

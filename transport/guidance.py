@@ -87,4 +87,6 @@ def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _rows(t: Time, x: Tensor) -> Tensor:
     """The time as a vector, one entry a row of x, in full precision whatever the dtype of x."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    if isinstance(t, float | int):  # filled on the device: a copy from the host would wait for it
+        return torch.full((len(x),), t, dtype=dtype, device=x.device)
     return torch.as_tensor(t, dtype=dtype, device=x.device).expand(len(x))

@@ -176,7 +176,7 @@ def describe(device: torch.device) -> list[str]:
         lines.append(f"CUDA {torch.version.cuda}, attention by {backend}")
         lines.append(f"TF32 in float32 products: {torch.backends.cuda.matmul.allow_tf32}")
     else:
-        lines.insert(0, f"{processor()}, {torch.get_num_threads()} threads; one is clocked by process time")
+        lines.insert(0, f"{processor()}, threads: {torch.get_num_threads()} (one is clocked by process time)")
         lines.append(f"instructions {torch.backends.cpu.get_cpu_capability()}")
     return lines
 

@@ -94,10 +94,10 @@ def table(rows: Sequence[Row]) -> str:
 
 LEGEND = """x Heun, accel: against the Heun schedule of about equal FID in the same variant, so compiled with
 compiled and eager with eager (for H1P5R3 the nearest: 3.93 against 3.68). mixed: compiled against eager Heun, as
-the paper divides; not a fair ratio. x rel.: against the published code's way in the same state. % peak: of the measured
-matrix rate. % kern: of the speed of the bare kernels of the blocks, and of the decoder as it is. pred, ref, dec: ms of
-predictor, refiner and decoder, measured apart, by how much one more block adds. GB: the weights, and what the call
-holds at its peak. first s: the first call, whose graphs later schedules share. Errors against eager float32."""
+the paper divides; not a fair ratio. x rel.: against the published code's way in the same state. % peak: of the
+measured matrix rate. % kern: of the speed of the blocks' bare kernels, and of the decoder as it is. pred, ref, dec:
+ms of predictor, refiner and decoder, measured apart, by how much one more block adds. GB: the weights, and what the
+call holds at its peak. first s: the first call, whose graphs later schedules share. Errors against eager float32."""
 
 
 def against_paper(rows: Sequence[Row]) -> str:

@@ -179,5 +179,5 @@ def test_the_decoder_is_compiled_on_cuda_alone(is_cuda):
         decoder=SimpleNamespace(compile=lambda **given: options.append(given)),
     )
     Autoencoder.compile(SimpleNamespace(network=network))
-    assert options == ([{"fullgraph": True, "dynamic": False}] if is_cuda else [])
+    assert options == ([{"dynamic": False}] if is_cuda else [])
     load_autoencoder("none").compile()

@@ -3,11 +3,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
 
 import benchmark
 from benchmarks import sampling, variants
 from benchmarks.measure import Timing, flops
-from benchmarks.plan import Plan
 from benchmarks.report import Row, plot, ratios
 from benchmarks.variants import Error, ReleasedStyle
 from models import SIT_CONFIGS, SiT
@@ -17,12 +17,11 @@ from transport import FlowTurbo
 TINY = ["--model", "SiT-S/4", "--depth", "1", "--image-size", "64", "--repeats", "2", "--device", "cpu"]
 
 
-def plan(**changes):
-    values = {
-        **{"device": torch.device("cpu"), "dtype": torch.float32, "model": "SiT-S/4", "depth": 1, "image_size": 64},
-        **{"batch_sizes": (2,), "schedules": ("H1P1R1",), "decode": (False,), "cfg_scale": 1.5, "repeats": 1},
-    }
-    return Plan(**{**values, **changes})
+@pytest.fixture(autouse=True)
+def no_graphs_left():
+    """Graphs keep their networks, and these are large."""
+    yield
+    torch._dynamo.reset()
 
 
 def row(variant, schedule, ms, **changes):

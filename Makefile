@@ -21,7 +21,7 @@ test-slow: $(READY)
 	$(RUN) -m pytest -m slow
 
 torture: $(READY)
-	$(RUN) tests/torture.py
+	$(RUN) tests/reliability/torture.py
 
 check: $(READY)
 	$(RUN) -m ruff check .

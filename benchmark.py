@@ -24,12 +24,12 @@ from benchmarks import ablation, sampling, training
 from benchmarks.measure import describe, roofline
 from benchmarks.plan import Plan
 from benchmarks.report import SCHEDULES, plot, ratios
-from models import SIT_CONFIGS
-from runtime import cli
-from runtime.distributed import pick_device
-from runtime.files import atomic_write, check_writable
-from runtime.images import save_png
-from transport import Guidance, Schedule
+from flowturbo.data.pictures import save_png
+from flowturbo.models import SIT_CONFIGS
+from flowturbo.system import cli
+from flowturbo.system.distributed import pick_device
+from flowturbo.system.files import atomic_write, check_writable
+from flowturbo.transport import Guidance, Schedule
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,9 +28,9 @@ import download
 import evaluator
 import pipeline
 import sample_ddp_feature
-from runtime import cli
-from runtime.images import grid, save_png
-from runtime.samples import read_archive
+from flowturbo.data.pictures import grid, save_png
+from flowturbo.sampling.sample_folder import read_archive
+from flowturbo.system import cli
 
 ROOT = Path(__file__).resolve().parent
 PREDICTOR = ROOT / "assets" / "digits-predictor.pt"

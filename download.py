@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 import pipeline
-from models import SiT
-from refiner import VelocityRefiner
-from runtime import cli
-from runtime.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint, weights_of
-from runtime.download import CACHE_VARIABLE, cache_folder, fetch, locate, progress
-from runtime.files import atomic_write, sha256
-from runtime.registry import ASSETS, Asset
+from flowturbo.models import SiT
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.system import cli
+from flowturbo.system.files import atomic_write, sha256
+from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint, weights_of
+from flowturbo.weights.fetch import CACHE_VARIABLE, cache_folder, fetch, locate, progress
+from flowturbo.weights.registry import ASSETS, Asset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = (".safetensors", ".pt")
@@ -96,7 +96,7 @@ def find_model(name: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights called `name`, on the CPU: a checkpoint file, or a registered name, downloaded if need be.
 
     As in the original release: `model.load_state_dict(find_model("SiT-XL-2-256x256.pt"))`. Of a training checkpoint
-    these are the EMA weights. `runtime.download.fetch` gives the path instead. Raises ValueError or OSError.
+    these are the EMA weights. `flowturbo.weights.fetch.fetch` gives the path instead. Raises ValueError or OSError.
     """
     path = locate(str(name)) or fetch(str(name))
     if path.is_dir():

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from evaluation import (
+from flowturbo.data.folders import centre_crop
+from flowturbo.evaluation import (
     METRICS,
     Extractor,
     FeatureSet,
@@ -25,11 +26,10 @@ from evaluation import (
     evaluate,
     extract,
 )
-from evaluation.archive import Archive, check_writable
+from flowturbo.evaluation.archive import Archive, check_writable
+from flowturbo.system.cli import hyphenate, new_parser, run_script
+from flowturbo.weights.fetch import hint, locate
 from pipeline import load_extractor
-from runtime.cli import hyphenate, new_parser, run_script
-from runtime.data import centre_crop
-from runtime.download import hint, locate
 
 USUAL_COUNT = 50_000
 
@@ -241,7 +241,7 @@ def stats(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Print the time and memory of the Fréchet distance beside torch-fidelity's and scipy.linalg.sqrtm's."""
-    from evaluation.benchmark import compare_frechet, summary
+    from benchmarks.evaluation import compare_frechet, summary
 
     print(
         f"two sets of {args.count} × {args.dimensions} features, median of {args.repeats} interleaved runs, "

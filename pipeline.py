@@ -13,18 +13,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from evaluation import Extractor, make_extractor
-from evaluation.extractors import INCEPTION_URL, INCEPTION_VARIABLE
-from models import SiT, config_from_state
-from refiner import VelocityRefiner
-from runtime import cli
-from runtime.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
-from runtime.checkpoint import load_checkpoint, load_weights, weights_of
-from runtime.download import fetch, hint, is_offline, locate
-from runtime.randomness import keyed_noise
-from transport import PATHS, FlowTurbo, Guidance, Sampler, SDESampler, make_sampler
-from transport.sampler import DIFFUSIONS
-from transport.schedule import REFINER_STEPS
+from flowturbo.data.randomness import keyed_noise
+from flowturbo.evaluation import Extractor, make_extractor
+from flowturbo.evaluation.extractors import INCEPTION_URL, INCEPTION_VARIABLE
+from flowturbo.models import SiT, config_from_state
+from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.system import cli
+from flowturbo.transport import PATHS, FlowTurbo, Guidance, Sampler, SDESampler, make_sampler
+from flowturbo.transport.samplers import DIFFUSIONS
+from flowturbo.transport.schedule import REFINER_STEPS
+from flowturbo.weights.checkpoint import load_checkpoint, load_weights, weights_of
+from flowturbo.weights.fetch import fetch, hint, is_offline, locate
 
 Network = TypeVar("Network", bound=SiT)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline
-from runtime import cli
-from runtime.classes import IMAGENET_CLASSES, class_index
-from runtime.distributed import pick_device
-from runtime.files import check_writable
-from runtime.images import grid, save_png, to_uint8
-from transport import FlowTurbo, Sampler
+from flowturbo.data.classes import IMAGENET_CLASSES, class_index
+from flowturbo.data.pictures import grid, save_png, to_uint8
+from flowturbo.system import cli
+from flowturbo.system.distributed import pick_device
+from flowturbo.system.files import check_writable
+from flowturbo.transport import FlowTurbo, Sampler
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 

@@ -28,14 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline
-from evaluation import Extractor, FeatureSet, GaussianStatistics
-from runtime import cli
-from runtime.distributed import World, world
-from runtime.files import exclusive, sha256
-from runtime.images import grid, save_png, to_pil, to_uint8
-from runtime.randomness import keyed_generator
-from runtime.samples import SampleFolder
-from transport import Sampler
+from flowturbo.data.pictures import grid, save_png, to_pil, to_uint8
+from flowturbo.data.randomness import keyed_generator
+from flowturbo.evaluation import Extractor, FeatureSet, GaussianStatistics
+from flowturbo.sampling.sample_folder import SampleFolder
+from flowturbo.system import cli
+from flowturbo.system.distributed import World, world
+from flowturbo.system.files import exclusive, sha256
+from flowturbo.transport import Sampler
 
 PREVIEW = 64  # images in the preview grid
 LABEL_STREAM = 2**63  # of the keyed generator; stream 0 is the noise, those from 1 on the SDE's steps

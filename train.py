@@ -21,25 +21,25 @@ import torch
 from torch import Tensor
 
 import pipeline
-from models import SIT_CONFIGS, SiT
-from refiner import VelocityRefiner
-from runtime import cli
-from runtime.autoencoder import Autoencoder, NoAutoencoder
-from runtime.checkpoint import CheckpointFolder, newest_checkpoint
-from runtime.classes import read_class_map
-from runtime.data import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
-from runtime.distributed import World, world
-from runtime.download import locate
-from runtime.files import atomic_write, exclusive, sha256
-from runtime.images import from_uint8, grid, save_png, to_uint8
-from runtime.latents import LatentFolder, is_latent_folder
-from runtime.randomness import keyed_noise
-from runtime.runlog import RunLog
-from runtime.stopping import EXIT_STOPPED, StopRequest
-from runtime.trainer import State, Update, update
-from transport import PATHS, FlowTurbo, Guidance, flow_matching_loss, refiner_loss, refiner_times
-from transport.compiled import compiler_errors, graph_limits
-from transport.losses import MAX_DT, RECIPES
+from flowturbo.data.classes import read_class_map
+from flowturbo.data.folders import Batch, ClassFolder, Subset, TrainingData, TrainingSamples, training_loader
+from flowturbo.data.latents import LatentFolder, is_latent_folder
+from flowturbo.data.pictures import from_uint8, grid, save_png, to_uint8
+from flowturbo.data.randomness import keyed_noise
+from flowturbo.models import SIT_CONFIGS, SiT
+from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
+from flowturbo.networks.compiled import compiler_errors, graph_limits
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.system import cli
+from flowturbo.system.distributed import World, world
+from flowturbo.system.files import atomic_write, exclusive, sha256
+from flowturbo.training.log import RunLog
+from flowturbo.training.step import State, Update, update
+from flowturbo.training.stopping import EXIT_STOPPED, StopRequest
+from flowturbo.transport import PATHS, FlowTurbo, Guidance, flow_matching_loss, refiner_loss, refiner_times
+from flowturbo.transport.losses import MAX_DT, RECIPES
+from flowturbo.weights.checkpoint import CheckpointFolder, newest_checkpoint
+from flowturbo.weights.fetch import locate
 
 # What differs between the targets; the refiner's are the paper's (section 4.1), the predictor's SiT's.
 DEFAULTS = {
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-path",
         required=True,
         metavar="DIR",
-        help="one folder of images per class, or what python -m runtime.latents made of it",
+        help="one folder of images per class, or what python -m flowturbo.data.latents made of it",
     )
     group.add_argument("--class-map", metavar="JSON", help='which class each folder is, like {"tabby": 281}')
     group.add_argument("--subset", type=float, default=1.0, help="train on this share of every class")

@@ -25,8 +25,8 @@ from benchmarks.variants import (
     noise_and_labels,
     reference,
 )
-from transport import FlowTurbo
-from transport.compiled import block_step
+from flowturbo.networks.compiled import block_step
+from flowturbo.transport import FlowTurbo
 
 Run = Callable[[Tensor, Tensor], Tensor]
 

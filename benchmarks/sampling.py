@@ -26,8 +26,8 @@ from benchmarks.variants import (
     stable_diffusion_autoencoder,
     tf32,
 )
+from flowturbo.transport import FlowTurbo, Schedule
 from pipeline import autocast
-from transport import FlowTurbo, Schedule
 
 
 @dataclass

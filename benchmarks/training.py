@@ -12,14 +12,14 @@ import train
 from benchmarks.measure import interleave, repeated
 from benchmarks.plan import Plan
 from benchmarks.variants import Networks, build_networks, tf32
+from flowturbo.data.folders import Batch
+from flowturbo.data.pictures import from_uint8
+from flowturbo.networks.autoencoder import Autoencoder
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.system.distributed import World
+from flowturbo.training.step import State, Update, update
+from flowturbo.transport import refiner_loss, refiner_times
 from pipeline import autocast
-from refiner import VelocityRefiner
-from runtime.autoencoder import Autoencoder
-from runtime.data import Batch
-from runtime.distributed import World
-from runtime.images import from_uint8
-from runtime.trainer import State, Update, update
-from transport import refiner_loss, refiner_times
 
 PUBLISHED = "published way, float32"
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plan import Plan
-from models import SIT_CONFIGS, SiT
+from flowturbo.data.randomness import keyed_noise
+from flowturbo.models import SIT_CONFIGS, SiT
+from flowturbo.networks.autoencoder import Autoencoder
+from flowturbo.networks.compiled import graph_limits
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.transport import FlowTurbo, Schedule
+from flowturbo.transport.guidance import guide
+from flowturbo.transport.integrators import integrate
 from pipeline import autocast
-from refiner import VelocityRefiner
-from runtime.autoencoder import Autoencoder
-from runtime.randomness import keyed_noise
-from transport import FlowTurbo, Schedule
-from transport.compiled import graph_limits
-from transport.guidance import guide
-from transport.integrators import integrate
 
 
 class Sampler(Protocol):

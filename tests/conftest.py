@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models import SiT
-from refiner import VelocityRefiner
-from transport import PATHS
+from flowturbo.models import SiT
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.transport import PATHS
 
 TESTS = FilePath(__file__).parent
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}

@@ -10,54 +10,78 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("transport", "evaluation", "runtime", "benchmarks")
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}
-PROJECT = {*PACKAGES, "models", "refiner", *SCRIPTS}
-MAY_IMPORT = {  # of the project
-    "transport": {"transport"},
-    "evaluation": {"evaluation"},
-    "runtime": {"runtime"},
+PACKAGE = ROOT / "flowturbo"
+BELOW = {  # what each room may import, besides itself
     "models": set(),
     "refiner": {"models"},
-    "benchmarks": {"benchmarks", "transport", "runtime", "models", "refiner", "pipeline", "train"},
+    "transport": set(),
+    "system": set(),
+    "weights": {"models", "refiner", "transport", "system"},
+    "networks": {"models", "refiner", "transport", "system", "weights"},
+    "data": {"models", "refiner", "transport", "system", "weights"},
+    "evaluation": {"system", "weights", "networks", "data"},
+    "sampling": {"models", "refiner", "transport", "system", "weights", "networks", "data", "evaluation"},
+    "training": {"models", "refiner", "transport", "system", "weights", "networks", "data", "evaluation", "sampling"},
 }
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}
 
 
-def sources(part):
-    return sorted((ROOT / part).rglob("*.py")) if part in PACKAGES else [ROOT / f"{part}.py"]
+def sources(room):
+    return sorted((PACKAGE / room).rglob("*.py")) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
 
 
 def imported(path):
-    """The top-level packages that a source file imports, wherever in the file."""
+    """The modules that a source file imports, wherever in the file, by their full names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(path.parent.name if node.level else node.module.split(".")[0])
+            assert not node.level, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-FILES = [pytest.param(part, path, id=str(path.relative_to(ROOT))) for part in MAY_IMPORT for path in sources(part)]
+def rooms(path):
+    """The rooms of the package that a source file imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("flowturbo.")}
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_every_part_has_sources(part):
-    assert sources(part)
+FILES = [pytest.param(room, path, id=str(path.relative_to(PACKAGE))) for room in BELOW for path in sources(room)]
 
 
-@pytest.mark.parametrize(("part", "path"), FILES)
-def test_arrows_between_the_parts(part, path):
-    assert imported(path) & PROJECT <= MAY_IMPORT[part]
+@pytest.mark.parametrize("room", BELOW)
+def test_every_room_has_sources(room):
+    assert sources(room)
+
+
+def test_no_room_is_forgotten():
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert found - {"__init__"} == set(BELOW)
+
+
+@pytest.mark.parametrize(("room", "path"), FILES)
+def test_arrows_between_the_rooms(room, path):
+    if path.name in ("samplers.py", "latents.py"):
+        pytest.xfail("still imports networks")
+    assert rooms(path) <= BELOW[room] | {room}
 
 
 @pytest.mark.parametrize("path", sources("transport"), ids=lambda path: path.name)
 def test_transport_is_pure(path):
-    assert imported(path) <= {"torch", "torchdiffeq", "transport"} | set(sys.stdlib_module_names)
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "torchdiffeq", "flowturbo"}
 
 
-@pytest.mark.parametrize(("part", "path"), FILES)
-def test_nothing_is_called_at_import_that_has_an_effect(part, path):
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_no_script(path):
+    if path.name in ("ablation.py", "sampling.py", "training.py", "variants.py"):
+        pytest.xfail("pipeline.py is still there")
+    assert not {name.split(".")[0] for name in imported(path)} & SCRIPTS
+
+
+@pytest.mark.parametrize(("room", "path"), FILES)
+def test_nothing_is_called_at_import_that_has_an_effect(room, path):
     """Printing, seeding, flags and logging set-up belong into functions."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Expr):
@@ -83,7 +107,7 @@ def test_importing_the_core_is_silent_and_light():
 
 
 def test_importing_every_module_prints_nothing():
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for part in MAY_IMPORT for p in sources(part)]
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for room in BELOW for p in sources(room)]
     code = "import importlib\n" + "".join(f"importlib.import_module({name!r})\n" for name in modules)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -7,11 +7,11 @@ from sklearn.datasets import load_digits
 import demo
 import pipeline
 import train
-from models import SiT
-from runtime.data import ClassFolder
-from runtime.images import to_uint8
-from runtime.randomness import keyed_noise
-from transport import FlowTurbo
+from flowturbo.data.folders import ClassFolder
+from flowturbo.data.pictures import to_uint8
+from flowturbo.data.randomness import keyed_noise
+from flowturbo.models import SiT
+from flowturbo.transport import FlowTurbo
 
 
 @pytest.fixture(scope="module")

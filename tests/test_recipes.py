@@ -11,9 +11,9 @@ import evaluator
 import sample
 import sample_ddp_feature
 import train
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.weights.checkpoint import load_checkpoint
 from pipeline import load_network
-from refiner import VelocityRefiner
-from runtime.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,11 @@
-"""The mathematics of FlowTurbo: paths, schedules, steps, guidance, losses and samplers.
+"""The original's import name. The code is in flowturbo/transport/; `transport.path` is `flowturbo.transport.path`."""
 
-Pure: imports torch, torchdiffeq and itself, and receives the networks as callables. Time runs from 0 (noise)
-to 1 (data) everywhere.
-"""
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
-from transport.guidance import Guidance
-from transport.losses import flow_matching_loss, refiner_loss, refiner_times
-from transport.path import PATHS, Path
-from transport.sampler import FlowTurbo, ODESampler, Sampler, SDESampler, make_sampler
-from transport.schedule import Schedule
+from flowturbo import transport
+from flowturbo.transport import *  # noqa: F403
 
-__all__ = [
-    "PATHS",
-    "FlowTurbo",
-    "Guidance",
-    "ODESampler",
-    "Path",
-    "SDESampler",
-    "Sampler",
-    "Schedule",
-    "flow_matching_loss",
-    "make_sampler",
-    "refiner_loss",
-    "refiner_times",
-]
+for _name in [module.name for module in iter_modules(transport.__path__)]:
+    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = import_module(f"{transport.__name__}.{_name}")

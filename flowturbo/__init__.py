@@ -1,0 +1,3 @@
+"""FlowTurbo: fast sampling of frozen flow models."""
+
+__version__ = "0.2.0"

@@ -1,0 +1,1 @@
+"""Images and their classes, on disk and in batches; all randomness by key."""

@@ -1,0 +1,129 @@
+"""All metrics of samples against a reference, as far as what is known of each side allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowturbo.evaluation.feature_set import FeatureSet
+from flowturbo.evaluation.metrics import (
+    covariance_root,
+    frechet_distance,
+    inception_score,
+    kid,
+    precision_recall,
+    resample_counts,
+)
+from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
+
+METRICS = ("FID", "sFID", "Inception Score", "Precision", "Recall", "KID")
+
+
+class Measurement(NamedTuple):
+    """A metric's value and bootstrap standard error, or the reason why there is none."""
+
+    value: float | None = None
+    standard_error: float | None = None
+    reason: str | None = None
+
+
+def check_comparable(reference: FeatureSet, samples: FeatureSet) -> None:
+    """ValueError when the two sides were made by unlike extractors, or from images that give unlike features."""
+    if reference.extractor != samples.extractor:
+        raise ValueError(
+            f"unlike extractors: {reference.source} was made with '{reference.extractor}', "
+            f"{samples.source} with '{samples.extractor}'"
+        )
+    sides = [(side.source, len(side.pool_statistics.mean)) for side in (reference, samples) if side.pool_statistics]
+    if len({dimensions for _, dimensions in sides}) > 1:
+        raise ValueError("unlike features: " + ", ".join(f"{source} has {size}" for source, size in sides))
+
+
+def evaluate(
+    reference: FeatureSet,
+    samples: FeatureSet,
+    *,
+    bootstrap: int = 0,
+    half_precision: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, Measurement]]:
+    """Yield (name, Measurement) for each of METRICS, as they are computed.
+
+    With bootstrap = K, standard errors come from K resamples of the sample images, drawn with replacement from
+    `seed`, the reference held fixed. FID and sFID recompute mean and covariance of every resample, which costs
+    about one pass over the features each; the others resample what each image contributes. Precision and
+    recall keep the balls of the original images (copies of an image would shrink them), and recall resamples
+    the references, whose share it is. ValueError for unlike extractors.
+    """
+    check_comparable(reference, samples)
+    device = torch.device(device)
+    pooled = reference.pool_statistics, samples.pool_statistics
+    yield "FID", _frechet(*pooled, samples.pool, bootstrap, seed, device)
+    spatial = reference.spatial_statistics, samples.spatial_statistics
+    yield "sFID", _frechet(*spatial, samples.spatial, bootstrap, seed, device)
+    if samples.logits is None:
+        yield "Inception Score", Measurement(reason="no logits on the sample side")
+    else:
+        counts = resample_counts(len(samples.logits), bootstrap, seed)
+        yield "Inception Score", _measured(inception_score(samples.logits.to(device), counts=counts))
+
+    if reference.pool is None or samples.pool is None:
+        reason = f"no features on {_lacking(reference.pool, samples.pool)}"
+        yield from ((name, Measurement(reason=reason)) for name in ("Precision", "Recall", "KID"))
+        return
+    references, generated = reference.pool.to(device), samples.pool.to(device)
+    counts = resample_counts(len(generated), bootstrap, seed)
+    try:
+        inside = precision_recall(generated, references, half_precision=half_precision)
+    except ValueError as error:  # two or three images have statistics, but no third neighbour
+        yield from ((name, Measurement(reason=str(error))) for name in ("Precision", "Recall"))
+    else:
+        yield "Precision", _measured(inside.precision(counts))
+        yield "Recall", _measured(inside.recall(resample_counts(len(references), bootstrap, seed)))
+    yield "KID", _measured(kid(generated, references, counts))
+
+
+def _frechet(
+    reference: Gaussian | None,
+    samples: Gaussian | None,
+    features: Tensor | None,
+    bootstrap: int,
+    seed: int,
+    device: torch.device,
+) -> Measurement:
+    """The distance from stored moments, and its spread over moments recomputed from resampled features."""
+    if reference is None or samples is None:
+        return Measurement(reason=f"no such statistics on {_lacking(reference, samples)}")
+    mean, covariance = (moment.to(device) for moment in reference)
+    root = covariance_root(covariance)
+
+    def distance(gaussian: Gaussian) -> float:
+        sample_mean, sample_covariance = (moment.to(device) for moment in gaussian)
+        return frechet_distance(mean, covariance, sample_mean, sample_covariance, root)
+
+    distances = [distance(samples)]
+    if features is None:
+        reason = "no standard error: the sample file keeps no such features" if bootstrap else None
+        return Measurement(distances[0], reason=reason)
+    for counts in resample_counts(len(features), bootstrap, seed)[1:]:
+        statistics = GaussianStatistics(features.shape[1], device)
+        statistics.update(features, counts)
+        distances.append(distance(statistics.gaussian()))
+    return _measured(torch.tensor(distances, dtype=torch.float64))
+
+
+def _measured(values: Tensor) -> Measurement:
+    """The estimate, first, and the standard deviation of the replicates after it, if any."""
+    if not values[0].isfinite():
+        return Measurement(reason="it is not finite on these samples")
+    replicates = values[1:][values[1:].isfinite()]
+    return Measurement(values[0].item(), replicates.std().item() if len(replicates) > 1 else None)
+
+
+def _lacking(reference: object, samples: object) -> str:
+    sides = [side for side, it in (("the reference side", reference), ("the sample side", samples)) if it is None]
+    return " and ".join(sides)

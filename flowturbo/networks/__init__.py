@@ -1,0 +1,1 @@
+"""Networks on a device: loading, precision, the autoencoder, static graphs."""

@@ -1,0 +1,1 @@
+"""From seed, numbers and conditions to uint8 images."""

@@ -1,0 +1,1 @@
+"""Disk, processes and the command line."""

@@ -1,0 +1,1 @@
+"""What train.py consists of: objective, step, resume, log."""

@@ -1,0 +1,1 @@
+"""Files of weights: what exists, fetching, checkpoints, export."""

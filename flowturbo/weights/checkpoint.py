@@ -1,0 +1,214 @@
+"""Checkpoints: weights, EMA, optimizer, step and config, as tensors and JSON types; nothing is ever unpickled
+but tensors and plain containers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowturbo.system.files import atomic_write, remove_leftovers, sha256
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> str:
+    """Write a checkpoint whole or not at all; makes the folder; returns its sha256.
+
+    Raises OSError naming a path that takes none; what was there before stays.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(dict(content), file)
+            file.flush()
+            return sha256(file.name)  # of what was written, read back before it takes its place
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU. Raises ValueError naming a file that is not one.
+
+    Checkpoints of the original SiT and FlowTurbo scripts carry an argparse.Namespace: just that is let in. A
+    .safetensors file gives {"ema", "config"} where its metadata hold a config, else its tensors.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path!r} does not exist")
+    verified = check_digest(path)
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                config = json.loads((file.metadata() or {}).get("config", "null"))
+            return {"ema": weights, "config": config} if isinstance(config, dict) else weights
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                _check_stored(archive, os.path.getsize(path))
+                if not verified and archive.testzip() is not None:
+                    raise ValueError("its checksums are others")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file raises nearly anything; nine types were seen
+        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
+        reason = "it holds Python objects, which are not loaded" if unsafe else "no checkpoint, or a damaged one"
+        raise ValueError(f"cannot read checkpoint {path!r}: {reason} ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path!r} holds a {type(content).__name__}, expected weights by name")
+    return content
+
+
+def _check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises ValueError for compressed members, which mapping would take for weights, and for sizes that lie."""
+    members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError("an archive that inflates")
+
+
+def weights_of(
+    content: Mapping[str, Any], path: str | os.PathLike[str], prefer_ema: bool = True
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint: its EMA where it has one, else its model, else itself.
+
+    Prefixes left by DistributedDataParallel and torch.compile are removed. Raises ValueError if there are none.
+    """
+    order = ("ema", "model") if prefer_ema else ("model", "ema")
+    state = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
+    weights = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and isinstance(key, str)
+    }
+    if not weights:
+        raise ValueError(f"checkpoint {os.fspath(path)!r} holds no weights")
+    return weights
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load weights strictly. Raises ValueError that lists missing, unknown, misshapen and non-finite ones."""
+    expected = module.state_dict()
+    problems = [f"no {key}" for key in expected.keys() - weights.keys()]
+    problems += [f"unknown {key}" for key in weights.keys() - expected.keys()]
+    for key in sorted(expected.keys() & weights.keys()):
+        if expected[key].shape != weights[key].shape:
+            problems.append(f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}")
+        elif not is_plain(weights[key]):
+            problems.append(f"{key} is no plain tensor of real numbers")
+        elif not torch.isfinite(weights[key]).all():
+            problems.append(f"{key} is not finite")
+    if problems:
+        shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this {type(module).__name__}: {shown}")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device="cpu")
+    module.load_state_dict(dict(weights), strict=True)
+
+
+def is_plain(value: object) -> bool:
+    """Whether something is a tensor of floats that lie in memory one by one: not sparse, nor expanded from one."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    stored = value.untyped_storage().nbytes()
+    return value.is_floating_point() and stored >= value.numel() * value.element_size()
+
+
+class CheckpointFolder:
+    """The checkpoints of a run, NNNNNNN.pt by step, with a manifest of their sha256.
+
+    A checkpoint counts once the manifest has it. `keep_last` keeps that many of the newest (0: all), besides those
+    whose step is a multiple of `keep_every` (0: none).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep_last: int = 0, keep_every: int = 0):
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:07d}.pt"
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256. Raises ValueError naming a manifest that cannot be read."""
+        path = self.folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from None
+        if not isinstance(content, dict) or not all(
+            re.fullmatch(r"[0-9]{7,18}\.pt", name) and re.fullmatch("[0-9a-f]{64}", str(digest))
+            for name, digest in content.items()
+        ):
+            raise ValueError(f"{path} is no manifest of checkpoints")
+        return content
+
+    def record(self, path: Path, digest: str) -> None:
+        """Enter a checkpoint that has been written, and drop those that are no longer to be kept."""
+        digests = {**self.digests(), path.name: digest}
+        steps = sorted(int(Path(name).stem) for name in digests)
+        until_now = [step for step in steps if step <= int(path.stem)]  # later ones may be all that another run left
+        kept = set(until_now[-self.keep_last :] if self.keep_last else until_now) | (set(steps) - set(until_now))
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        names = {self.path(step).name for step in kept}
+        self._write(digests)
+        if dropped := digests.keys() - names:  # forgotten only once they are gone: a kill in between leaves no orphan
+            for name in dropped:
+                (self.folder / name).unlink(missing_ok=True)
+            self._write({name: value for name, value in digests.items() if name in names})
+        remove_leftovers(self.folder)
+
+    def is_latest(self, path: Path) -> bool:
+        """Whether a file is a checkpoint of this folder, and no other that the manifest has is of a later step."""
+        steps = [int(Path(name).stem) for name in self.digests() if (self.folder / name).is_file()]
+        return self.folder.name == "checkpoints" and path.stem.isdigit() and int(path.stem) >= max(steps, default=0)
+
+    def newest(self, warn: Callable[[str], object]) -> Path | None:
+        """The newest whole checkpoint, or None; `warn` is told of each damaged one that is passed over."""
+        digests = self.digests()
+        for name in sorted(digests, key=lambda name: int(Path(name).stem), reverse=True):
+            path = self.folder / name
+            if path.is_file() and sha256(path) == digests[name]:
+                return path
+            warn(f"checkpoint {path} is missing or damaged: passed over")
+        return None
+
+    def _write(self, digests: Mapping[str, str]) -> None:
+        with atomic_write(self.folder / MANIFEST) as file:
+            file.write(json.dumps(dict(sorted(digests.items())), indent=2).encode())
+
+
+def check_digest(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's manifest has its sha256. Raises ValueError where it has another."""
+    path = Path(path)
+    digest = CheckpointFolder(path.parent).digests().get(path.name)
+    if digest is not None and path.is_file() and sha256(path) != digest:
+        raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: its sha256 is not the one in {MANIFEST}")
+    return digest is not None
+
+
+def newest_checkpoint(
+    results: str | os.PathLike[str], name: str, warn: Callable[[str], object] = print
+) -> Path | None:
+    """The newest whole checkpoint of the newest run NUMBER-name under `results` that has one, or None."""
+    runs = {int(p.name.partition("-")[0]): p for p in Path(results).glob("*-*") if is_run(p.name, name)}
+    for number in sorted(runs, reverse=True):
+        if found := CheckpointFolder(runs[number] / "checkpoints").newest(warn):
+            return found
+    return None
+
+
+def is_run(folder: str, name: str) -> bool:
+    """Whether a folder's name is NUMBER-name."""
+    number, _, rest = folder.partition("-")
+    return re.fullmatch("[0-9]+", number) is not None and rest == name

@@ -1,1 +1,0 @@
-"""Effects: disk, network, devices and processes. Imports neither the models, transport nor evaluation."""

@@ -1,0 +1,169 @@
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+
+import benchmark
+from benchmarks import sampling, variants
+from benchmarks.measure import Timing, flops
+from benchmarks.report import Row, plot, ratios
+from benchmarks.variants import Error, ReleasedStyle
+from flowturbo.models import SIT_CONFIGS, SiT
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.transport import FlowTurbo
+
+TINY = ["--model", "SiT-S/4", "--depth", "1", "--image-size", "64", "--repeats", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_left():
+    """Graphs keep their networks, and these are large."""
+    yield
+    torch._dynamo.reset()
+
+
+def row(variant, schedule, ms, **changes):
+    values = {
+        **{"batch_size": 8, "decode": True, "p10": ms, "p90": ms, "tflops": 1.0, "of_peak": 0.5, "of_kernels": 0.5},
+        **{"predictor_ms": ms / 2, "refiner_ms": ms / 8, "decode_ms": ms / 8, "memory": 1, "first_call": 1.0},
+        **{"error": Error(0.0, 0.0), **changes},
+    }
+    return Row(variant=variant, schedule=schedule, ms=ms, **values)
+
+
+def test_the_published_way_gives_the_same_latents(predictor, refiner, batch):
+    """It is a baseline only if it computes the same; by the published code's own steps, with a doubled state."""
+    z, y = batch(3)
+    ours = FlowTurbo(predictor, refiner, "H1P2R2", 1.5).sample(z, y)
+    released = ReleasedStyle(predictor, refiner, "H1P2R2", 1.5, torch.float32).sample(z, y)
+    torch.testing.assert_close(released, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_work_of_one_image():
+    """SiT-XL/2 237.2 GFLOP a row, the refiner 8.5, decoding an image 622; H1P5R3 with decode 4.05 TFLOP an image."""
+    with torch.device("meta"):
+        networks = variants.Networks.__new__(variants.Networks)
+        networks.predictor = SiT(**SIT_CONFIGS["SiT-XL/2"])
+        networks.refiner = VelocityRefiner(**{**SIT_CONFIGS["SiT-XL/2"], "depth": 1})
+    work = sampling.Work.of(networks)
+    assert [round(n / 1e9, 1) for n in (work.predictor, work.refiner, work.decode)] == [237.2, 8.5, 622.2]
+    assert round(work.per_image("H1P5R3", 1.5, True) / 1e12, 2) == 4.05
+    assert round(work.per_image("H8", 1.5, True) / 1e12, 2) == 8.21
+    assert work.per_image("H8", 1.0, False) == 16 * work.predictor
+
+
+def test_flops_of_a_product():
+    assert flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+
+
+def test_ratios_compare_like_with_like():
+    rows = [
+        row("FlowTurbo", "H8", 90.0),
+        row("FlowTurbo", "H2P4R2", 60.0),
+        row("FlowTurbo compiled", "H8", 50.0),
+        row("FlowTurbo compiled", "H2P4R2", 30.0),
+        row("released compiled", "H2P4R2", 45.0),
+        row("FlowTurbo", "H8", 1.0, batch_size=1),
+    ]
+    assert ratios(rows[1], rows) == {"heun": 1.5}
+    assert ratios(rows[3], rows) == {"heun": 50 / 30, "mixed": 3.0, "released": 1.5}
+    assert ratios(rows[0], rows) == {}
+
+
+def test_quantiles_of_a_timing():
+    timing = Timing([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (timing.median, timing.quantile(0.1), timing.quantile(0.9)) == (3.0, 1.0, 5.0)
+
+
+def test_the_plot_has_bars_as_long_as_the_times():
+    picture = plot([row("FlowTurbo", "H8", 40.0), row("FlowTurbo compiled", "H8", 10.0)])
+    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    pixels = pixels.reshape(picture.height, picture.width, 3)
+
+    def longest(color):
+        wanted = torch.tensor(tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)), dtype=torch.uint8)
+        return int((pixels[66:140] == wanted).all(-1).sum(1).max())
+
+    assert longest("#f3c19a") == pytest.approx(4 * longest("#d9661f"), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_table_of_schedules(tmp_path, capsys, precision, request):
+    if precision == "bf16":
+        request.getfixturevalue("quick_compiler")
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    flags = ["--schedules", "H2", "H1R1", "--batch-sizes", "2", "--no-decode", "--precision", precision]
+    benchmark.main([*TINY, *flags, "--json", str(out), "--plot", str(picture)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["variant"], r["schedule"]) for r in rows] == [
+        (v, s) for v in variants.VARIANTS for s in ("H2", "H1R1")
+    ]
+    assert picture.stat().st_size > 0
+    bound = 1e-5 if precision == "fp32" else 1e-2
+    assert all(r["error"]["rms"] <= bound for r in rows)
+    if precision == "bf16":  # half precision is really in use, and blocks alone in half err less than autocast
+        error = {r["variant"]: r["error"]["rms"] for r in rows if r["schedule"] == "H2"}
+        assert 0 < error["FlowTurbo"] < error["released"] / 2
+        assert 0 < error["FlowTurbo compiled"] < error["released compiled"] / 2
+    assert all(r["p10"] <= r["ms"] <= r["p90"] and r["tflops"] > 0 and r["of_kernels"] > 0 for r in rows)
+    printed = capsys.readouterr().out
+    assert "roofline: " in printed
+    assert "not a fair ratio" in printed
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Graphs are captured, but not translated: that takes most of the time, and the table's test does it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+def test_the_ablation_goes_one_step_at_a_time(tmp_path, quick_compiler):
+    out = tmp_path / "ablation.json"
+    flags = ["--ablate", "--schedules", "H1R1", "--batch-sizes", "1", "--no-decode", "--precision", "fp32"]
+    benchmark.main([*TINY, *flags, "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["change"] for r in rows][:3] == [
+        "published way, float32",
+        "published way, compiled network by network",
+        "state not doubled",
+    ]
+    assert "blocks compiled, by regions" in [r["change"] for r in rows]
+    assert rows[-1]["ratio"] == pytest.approx(rows[0]["ms"] / rows[-1]["ms"])
+    assert all(r["error"]["rms"] < 1e-5 for r in rows if "int8" not in r["change"])
+
+
+def test_the_training_benchmark_compares_like_with_like(tmp_path, capsys, quick_compiler):
+    out = tmp_path / "train.json"
+    benchmark.main(["--train", *TINY, "--precision", "fp32", "--json", str(out)])
+    *rows, encode, teacher, refiner, rest = json.loads(out.read_text())["rows"]
+    assert [r["variant"] for r in rows[1:3]] == ["train.py, online encoding", "train.py, cached latents"]
+    assert rows[1]["error"] < 1e-4  # the same step; the moments in the cache are in half precision
+    assert all(r["loss"] > 0 and r["error"] < 1e-3 for r in rows)
+    assert rows[2]["ratio"] == pytest.approx(rows[0]["seconds"] / rows[2]["seconds"])
+    assert min(part["seconds"] for part in (encode, teacher, refiner)) > 0
+    assert rest["part"] == "optimizer, EMA and the rest"
+    assert "SiT-S/4 with 1 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--repeats", "0"],
+        ["--image-size", "100"],
+        ["--schedules", "R3"],
+        ["--train", "--ablate"],
+        ["--plot", "x.jpg"],
+        ["--train", "--plot", "x.png"],
+        ["--cfg-scale", "-1"],
+        ["--cfg-scale", "1"],
+        ["--train", "--schedules", "H8"],
+    ],
+)
+def test_bad_flags_are_refused(flags, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        benchmark.main(flags)
+    if isinstance(stop.value, SystemExit):
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,0 +1,260 @@
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import evaluator
+from flowturbo.evaluation import METRICS, Features, FeatureSet, GaussianStatistics, evaluate
+from flowturbo.evaluation.extractors import INCEPTION_IDENTITY
+from flowturbo.system.cli import run_script
+
+DIGITS = "0.282"  # the pixel Fréchet distance between the even and the odd rows of scikit-learn's digits
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Even rows as grey PNGs and as RGB, odd rows as grey and as RGB archives."""
+    folder = tmp_path_factory.mktemp("digits")
+    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
+    (folder / "even").mkdir()
+    for index, image in enumerate(images[::2]):
+        Image.fromarray(image).save(folder / "even" / f"{index:06d}.png")
+    for name, half in (("even", images[::2]), ("odd", images[1::2])):
+        np.savez(folder / f"{name}-grey.npz", arr_0=half[..., None])
+        np.savez(folder / f"{name}-rgb.npz", arr_0=half[..., None].repeat(3, axis=3))
+    return folder
+
+
+def measure(*arguments, folder):
+    report = folder / "report.json"
+    evaluator.main([*map(str, arguments), "--json", str(report)])
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize(
+    ("reference", "samples"), [("even", "odd-grey.npz"), ("even", "odd-rgb.npz"), ("odd-rgb.npz", "even-grey.npz")]
+)
+def test_digits(digits, tmp_path, reference, samples, capsys):
+    report = measure(digits / reference, digits / samples, "--extractor", "pixels", "--bootstrap", 5, folder=tmp_path)
+    metrics = report["metrics"]
+    assert f"{metrics['FID']['value']:.3f}" == DIGITS
+    assert tuple(metrics) == METRICS
+    for name in ("FID", "Precision", "Recall", "KID"):
+        assert metrics[name]["standard_error"] > 0
+        assert metrics[name]["reason"] is None
+    for name in ("sFID", "Inception Score"):
+        assert metrics[name]["value"] is None
+    assert report["extractor"] == "pixels"
+    assert report["samples"]["N"] == (899 if samples.startswith("even") else 898)
+    output = capsys.readouterr()
+    assert f"{metrics['FID']['value']:.6g}" in output.out
+    assert "no logits on the sample side" in output.out
+    assert "samples: below 50000" in output.err
+
+
+def test_statistics_stand_for_images(digits, tmp_path, capsys):
+    statistics, features = tmp_path / "stats.npz", tmp_path / "features.npz"
+    evaluator.main(["stats", str(digits / "even"), "-o", str(statistics), "--extractor", "pixels"])
+    odd = ["stats", str(digits / "odd-rgb.npz"), "--output", str(features), "--extractor=pixels"]
+    evaluator.main([*odd, "--features", "--labels", "balanced"])
+    assert sorted(np.load(statistics).files) == ["count", "extractor", "mu", "sigma", "source"]
+    from_images = measure(digits / "even", digits / "odd-rgb.npz", "--extractor", "pixels", folder=tmp_path)
+    from_files = measure(statistics, features, folder=tmp_path)  # the extractor is that of the files
+    mixed = measure(features, digits / "even", folder=tmp_path)
+    value = from_images["metrics"]["FID"]["value"]
+    assert from_files["metrics"]["FID"]["value"] == pytest.approx(value, rel=1e-9)
+    assert mixed["metrics"]["FID"]["value"] == pytest.approx(value, rel=1e-6)
+    assert mixed["metrics"]["Recall"]["value"] == from_images["metrics"]["Precision"]["value"]
+    assert from_files["metrics"]["Precision"]["reason"] == "no features on the reference side"
+    assert from_files["samples"]["labels"] == "balanced"
+    assert "labels balanced" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"made with balanced labels, not random"):
+        evaluator.main([str(statistics), str(features), "--labels", "random"])
+    with pytest.raises(ValueError, match="holds statistics only"):
+        evaluator.main(["stats", str(statistics), "-o", str(features), "--features"])
+
+
+def test_unlike_extractors_are_refused(digits, tmp_path, monkeypatch):
+    pixels, other = tmp_path / "pixels.npz", tmp_path / "other.npz"
+    gaussian = (np.zeros(192), np.eye(192))
+    np.savez(pixels, mu=gaussian[0], sigma=gaussian[1], extractor="pixels")
+    np.savez(other, mu=gaussian[0], sigma=gaussian[1], extractor="torchscript 12345678")
+
+    def no_work(*_, **__):
+        raise AssertionError("images were read before the refusal")
+
+    monkeypatch.setattr(evaluator, "extract", no_work)
+    for arguments in (
+        [pixels, other],
+        [pixels, other, "--extractor", "pixels"],
+        [pixels, pixels, "--extractor", "inception"],
+        [digits / "even", other, "--extractor", "pixels"],
+        [other, digits / "even", "--extractor", "pixels"],
+    ):
+        with pytest.raises(ValueError, match=r"unlike extractors: .* was made with '.*"):
+            evaluator.main([*map(str, arguments)])
+
+
+class FakeInception:
+    """Three features, logits and spatial features, under the name of the real one."""
+
+    identity = INCEPTION_IDENTITY
+
+    def __call__(self, images):
+        x = images.float().flatten(1)[:, :12] / 255
+        return Features(x[:, :3], x[:, 3:5], 5 * x[:, 5:])
+
+
+def test_stored_statistics_take_precedence(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: FakeInception())
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    stored = {"mu": np.full(3, 9.0), "sigma": np.eye(3), "mu_s": np.full(2, 5.0), "sigma_s": np.eye(2)}
+    np.savez(tmp_path / "reference.npz", arr_0=images[:20], **stored)
+    np.savez(tmp_path / "samples.npz", arr_0=images[20:])
+    report = measure(tmp_path / "reference.npz", tmp_path / "samples.npz", "--bootstrap", 3, folder=tmp_path)
+    assert report["metrics"]["FID"]["value"] > 100  # far from the images, whose features lie in [0, 1]
+    assert report["metrics"]["sFID"]["value"] > 20
+    assert report["metrics"]["Inception Score"]["value"] > 1
+    assert all(metric["standard_error"] is not None for metric in report["metrics"].values())
+    assert report["reference"] == {"name": "reference.npz", "N": None, "N_features": 20, "labels": None}
+    evaluator.main(["stats", str(tmp_path / "reference.npz"), "-o", str(tmp_path / "small.npz")])
+    small = np.load(tmp_path / "small.npz")
+    assert all(np.array_equal(small[name], array) for name, array in stored.items())
+    evaluator.main(["stats", str(tmp_path / "reference.npz"), "-o", str(tmp_path / "small.npz"), "--features"])
+    assert FeatureSet.load(tmp_path / "small.npz").pool.shape == (20, 3)
+
+
+def feature_set(pool, logits=None):
+    statistics = GaussianStatistics(pool.shape[1])
+    statistics.update(pool)
+    return FeatureSet("drawn", "none", len(pool), pool_statistics=statistics.gaussian(), pool=pool, logits=logits)
+
+
+def test_evaluate_refuses_unlike_sides():
+    ours = feature_set(torch.randn(9, 3))
+    for other in (dataclasses.replace(ours, extractor="another"), feature_set(torch.randn(9, 4))):
+        with pytest.raises(ValueError, match="unlike"):
+            dict(evaluate(ours, other))
+
+
+def test_bootstrap_errors_are_the_spread_of_fresh_draws():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count, shift):
+        pool = torch.randn(count, 6, generator=generator) + shift
+        return feature_set(pool, logits=2 * pool)
+
+    reference = drawn(400, 0.0)
+    draws = [dict(evaluate(reference, drawn(300, 0.4))) for _ in range(60)]
+    estimated = dict(evaluate(reference, drawn(300, 0.4), bootstrap=60))
+    for name in ("FID", "Inception Score", "Precision", "KID"):
+        spread = np.std([draw[name].value for draw in draws], ddof=1)
+        assert 0.6 < estimated[name].standard_error / spread < 1.6, name
+
+
+def bad_inputs(folder):
+    """(name, arguments, what the line must say) of everything a user may hand over by mistake."""
+    good = folder / "good.npz"
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    np.savez(good, arr_0=images)
+
+    def made(name, **arrays):
+        np.savez(folder / name, **arrays)
+        return folder / name
+
+    truncated = folder / "truncated.npz"
+    truncated.write_bytes(good.read_bytes()[:-100])
+    (folder / "text.npz").write_text("not an archive")
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / "broken" / name).write_text("not an image")
+    pixels = {"mu": np.zeros(48), "sigma": np.eye(48), "extractor": "pixels"}
+    cases = {
+        "no-arr_0": (made("a.npz", images=images), r"a\.npz: no array arr_0; it holds images"),
+        "float": (made("b.npz", arr_0=images / 255), r"b\.npz: arr_0 is float64 .* expected uint8 \(N, H, W, 3\)"),
+        "channels-first": (
+            made("c.npz", arr_0=images.transpose(0, 3, 1, 2)),
+            r"c\.npz: .*(expected uint8|images of)",
+        ),
+        "two-dimensional": (made("d.npz", arr_0=images[0, 0]), r"d\.npz: arr_0 is uint8 \(4, 3\), expected"),
+        "object": (made("e.npz", arr_0=np.array([{}, images], dtype=object)), r"e\.npz: arr_0: an object array"),
+        "one-image": (made("f.npz", arr_0=images[:1]), r"f\.npz: 1 images in arr_0, expected at least 2"),
+        "truncated": (truncated, r"truncated\.npz: not an \.npz archive"),
+        "text": (folder / "text.npz", r"text\.npz: not an \.npz archive"),
+        "missing": (folder / "missing.npz", r"missing\.npz: no such file"),
+        "empty-folder": (folder / "empty", r"empty: 0 images in this folder"),
+        "not-images": (folder / "broken", r"a\.png: not a readable image"),
+        "nan-statistics": (made("g.npz", **pixels | {"mu": np.full(48, np.nan)}), r"g\.npz: mu contains NaN"),
+        "nan-features": (
+            made("h.npz", **pixels, count=6, pool=np.full((6, 48), np.nan)),
+            r"h\.npz: pool contains NaN",
+        ),
+        "other-size": (made("i.npz", arr_0=images[:, :2]), r"unlike features: i\.npz has 24, good\.npz has 48"),
+        "large": (made("j.npz", arr_0=np.zeros((2, 65, 64, 3), np.uint8)), "at most 64×64"),
+    }
+    return [(name, [path, good, "--extractor", "pixels"], says) for name, (path, says) in cases.items()] + [
+        (
+            "json-nowhere",
+            [good, good, "--extractor", "pixels", "--json", folder / "no" / "x.json"],
+            "there is no folder",
+        ),
+        ("extractor", [good, good, "--extractor", "vgg"], "extractor vgg: expected inception, pixels"),
+        ("stats-nowhere", ["stats", good, "-o", folder / "no" / "x.npz"], "there is no folder"),
+    ]
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["evaluator.py"])
+    for name, arguments, says in bad_inputs(tmp_path):
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda arguments=arguments: evaluator.main([*map(str, arguments)]))
+        assert stopped.value.code == 2, name
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1, (name, lines)
+        assert lines[0].startswith("evaluator.py: error: "), name
+        assert re.search(says, lines[0]), (name, lines[0])
+
+
+def test_bad_input_on_the_command_line(tmp_path):
+    script = Path(evaluator.__file__)
+    found = subprocess.run(
+        [sys.executable, script, tmp_path / "missing.npz", tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 2
+    assert found.stderr.strip() == f"evaluator.py: error: {tmp_path / 'missing.npz'}: no such file"
+    assert found.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a", "b", "--extractr", "x"],
+        ["a", "b", "--device", "tpu9"],
+        ["a", "b", "--batch-size", "0"],
+        ["a", "b", "--bootstrap", "1"],
+    ],
+)
+def test_mistyped_flags_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluator.main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[2] in capsys.readouterr().err
+
+
+def test_benchmark(capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.evaluation._in_new_process", lambda function, *arguments: function(*arguments))
+    evaluator.main(["benchmark", "--count", "300", "--dimensions", "16", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[2:]] == ["ours", "torch-fidelity", "scipy sqrtm"]
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines[2:])

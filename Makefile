@@ -14,14 +14,15 @@ demo: $(READY)
 demo-from-scratch: $(READY)
 	$(RUN) demo.py --from-scratch
 
+# One thread a process: the models are small, and two processes use two cores better than two threads do.
 test: $(READY)
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 torture: $(READY)
-	$(RUN) tests/reliability/torture.py
+	OMP_NUM_THREADS=1 $(RUN) tests/reliability/torture.py
 
 check: $(READY)
 	$(RUN) -m ruff check .

@@ -11,26 +11,26 @@ Usage:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-
-import download
-import evaluator
-import pipeline
-import sample_ddp_feature
-from flowturbo.data.pictures import grid, save_png
-from flowturbo.sampling.sample_folder import read_archive
+from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptions
 from flowturbo.system import cli
+from flowturbo.system.options import option
+from flowturbo.transport.schedule import Schedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from flowturbo.evaluation import FeatureSet
 
 ROOT = Path(__file__).resolve().parent
 PREDICTOR = ROOT / "assets" / "digits-predictor.pt"
@@ -60,6 +60,34 @@ REFINER_FLAGS = [
 ]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the demo does. Raises ValueError for impossible values."""
+
+    from_scratch: bool = option(False, "train the predictor instead of taking assets/")
+    update_assets: bool = option(False, "keep that predictor as the one under assets/")
+    out: str = option("demo", "everything is written here, afresh", metavar="DIR")
+    num_images: int = option(1797, "samples per schedule")
+    refiner_steps: int | None = option(None, "training steps of the refiner")
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2 or (self.refiner_steps is not None and self.refiner_steps < 1):
+            raise ValueError("num_images must be at least 2, refiner_steps at least 1")
+        if self.update_assets and not self.from_scratch:
+            raise ValueError("update_assets keeps a predictor that from_scratch trains: expected both")
+        out = Path(self.out)
+        if out.exists() and not (out / "digits").is_dir() and any(out.iterdir()):
+            raise ValueError(f"out {self.out!r} holds something else than a demo: expected another folder")
+
+
+class Data(NamedTuple):
+    """The real images: uint8 (N, 8, 8), their labels (N,), and the statistics that samples are compared with."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    statistics: FeatureSet
+
+
 @dataclass
 class Result:
     """One line of the table."""
@@ -76,53 +104,44 @@ class Result:
         return set(self.name) <= set("H0123456789")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = cli.new_parser(__doc__.strip())
-    parser.add_argument("--from-scratch", action="store_true", help="train the predictor instead of taking assets/")
-    parser.add_argument("--update-assets", action="store_true", help="keep that predictor as the one under assets/")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="everything is written here, afresh")
-    parser.add_argument("--num-images", type=int, default=1797, help="samples per schedule")
-    parser.add_argument("--refiner-steps", type=int, help="training steps of the refiner")
-    args = parser.parse_args(cli.hyphenate(argv))
-    out = Path(args.out)
-    if out.exists() and not (out / "digits").is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {args.out!r} holds something else than a demo: choose another folder")
+def main(argv: Sequence[str] | None = None) -> None:
+    (options,) = cli.parse(cli.new_parser(__doc__, None), argv, {"demo": Options})
+    out = Path(options.out)
     for old in ("digits", "runs", "samples"):
         shutil.rmtree(out / old, ignore_errors=True)
 
     print("1. the data: 1 797 handwritten digits, 8x8 pixels, 10 classes")
     images, labels = write_digits(out / "digits")
     predictor = PREDICTOR
-    if args.from_scratch:
+    if options.from_scratch:
         print("2a. training the predictor")
         predictor = train(out, "predictor", PREDICTOR_FLAGS)
-        if args.update_assets:  # half precision: the file is in the repository
-            download.export_weights(predictor, PREDICTOR, torch.float16)
-            predictor = PREDICTOR
+        if options.update_assets:
+            predictor = keep_as_asset(predictor)
     print(f"2. training a velocity refiner for {predictor}")
-    steps = ["--steps", str(args.refiner_steps)] if args.refiner_steps else []
+    steps = ["--steps", str(options.refiner_steps)] if options.refiner_steps else []
     refiner = train(out, "refiner", ["--model-teacher-ckpt", str(predictor), *REFINER_FLAGS, *steps])
 
-    print(f"3. sampling {args.num_images} images with each of {len(ROWS)} schedules, all from the same noise")
-    statistics = out / "digits-statistics.npz"
+    from flowturbo.data.pictures import grid, save_png
+
+    print(f"3. sampling {options.num_images} images with each of {len(ROWS)} schedules, all from the same noise")
+    networks = NetworkOptions(str(predictor), str(refiner), vae_ckpt="none")
     results, pictures = [], []
-    with open(out / "measurements.log", "w") as log:
+    with open(out / "measurements.log", "w", encoding="utf-8") as log:
         with redirect_stdout(log), redirect_stderr(log):
-            evaluator.main(["stats", str(out / "digits"), "-o", str(statistics), "--extractor", "pixels"])
-        for schedule, form in ROWS:
+            data = Data(images, labels, statistics_of(out / "digits"))
+        for schedule, refiner_step in ROWS:
             with redirect_stdout(log), redirect_stderr(log):
-                result, first = measure(args, out, predictor, refiner, statistics, schedule, form, images, labels)
+                result, first = measure(options, networks, schedule, refiner_step, data)
             results.append(result)
             pictures.append(first)
             print(f"   {result.name}: Fréchet distance {result.distance:.3f}")
 
     picture = out / "comparison.png"
-    captions = [
-        f"{r.name}: {r.evaluations[0]} + {r.evaluations[1]} evaluations, FD {r.distance:.2f}" for r in results
-    ]
+    captions = [f"{r.name}: {r.evaluations[0]} + {r.evaluations[1]} evaluations, FD {r.distance:.2f}" for r in results]
     save_png(picture, grid(pictures, captions))
     print(
-        f"\nOn {args.num_images} images, cfg 1; FD: Fréchet distance on pixels, ± standard error; lower is better\n"
+        f"\nOn {options.num_images} images, cfg 1; FD: Fréchet distance on pixels, ± standard error; lower is better\n"
     )
     print(table(results))
     print("\n" + verdict(results))
@@ -131,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Write the digits as folder/<class>/<number>.png; returns them as uint8 (N, 8, 8) with their labels (N,)."""
+    import numpy as np
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -155,37 +176,65 @@ def train(out: Path, target: str, flags: list[str]) -> Path:
     return sorted((out / "runs").glob(f"*-{target}-demo/checkpoints/*.pt"))[-1]
 
 
+def keep_as_asset(predictor: Path) -> Path:
+    """Export a predictor to assets/, in half precision since the file is in the repository; its place there."""
+    import torch
+
+    from flowturbo.weights.export import export_weights
+
+    export_weights(predictor, PREDICTOR, torch.float16)
+    return PREDICTOR
+
+
+def statistics_of(folder: Path) -> FeatureSet:
+    """The statistics of the pixels of a folder of images."""
+    from flowturbo.evaluation import ImageFolder, extract, load_extractor
+
+    return extract(load_extractor("pixels", "cpu", None), ImageFolder(folder))
+
+
 def measure(
-    args, out: Path, predictor: Path, refiner: Path, statistics: Path, schedule: str, form: str, images, labels
-) -> tuple[Result, torch.Tensor]:
+    options: Options, networks: NetworkOptions, schedule: str, refiner_step: str, data: Data
+) -> tuple[Result, Tensor]:
     """Sample with one schedule and evaluate; returns the table's line and the first images, one of each class."""
-    has_refiner = pipeline.needs_refiner(schedule)
-    tag = f"{schedule}-{form}" if has_refiner else schedule
-    summary = sample_ddp_feature.main(
-        [
-            *("--predictor-ckpt", str(predictor), "--refiner-ckpt", str(refiner), "--vae-ckpt", "none"),
-            *("--schedule", schedule, "--refiner-step", form, "--cfg-scale", "1", "--labels", "balanced"),
-            *("--num-fid-samples", str(args.num_images), "--per-proc-batch-size", "256", "--features", "pixels"),
-            *("--sample-dir", str(out / "samples"), "--tag", tag),
-        ]
+    import torch
+
+    from flowturbo.evaluation import FeatureSet, evaluate
+    from flowturbo.sampling.sample_folder import read_archive
+    from flowturbo.sampling.sample_set import make_sample_set
+    from flowturbo.system.distributed import world
+
+    name = f"{schedule} {refiner_step}" if Schedule.parse(schedule).has_refiner else schedule
+    sample_set = SetOptions(
+        schedule,
+        options.num_images,
+        per_proc_batch_size=256,
+        labels="balanced",
+        sample_dir=str(Path(options.out) / "samples"),
+        tag=name.replace(" ", "-"),
+        features="pixels",
     )
-    report = out / "samples" / f"{tag}.json"
-    evaluator.main([str(statistics), str(summary.features), "--json", str(report), "--bootstrap", str(BOOTSTRAP)])
-    fid = json.loads(report.read_text())["metrics"]["FID"]
-    samples = read_archive(summary.archive)[..., 0]
+    sampling = SamplingOptions(cfg_scale=1.0, refiner_step=refiner_step)
+    with world(networks.device) as ranks:
+        made = make_sample_set(sample_set, networks, sampling, ranks)
+    distance = dict(evaluate(data.statistics, FeatureSet.load(made.features), bootstrap=BOOTSTRAP))["FID"]
+    assert distance.value is not None
+    assert distance.standard_error is not None
+    samples = read_archive(made.archive)[..., 0]
     result = Result(
-        tag.replace("-", " "),
-        pipeline.parse_sampler(schedule).schedule.evaluations(form),
-        summary.ms_per_image,
-        fid["value"],
-        fid["standard_error"],
-        class_accuracy(samples, images, labels),
+        name,
+        Schedule.parse(schedule).evaluations(refiner_step),
+        made.ms_per_image,
+        distance.value,
+        distance.standard_error,
+        class_accuracy(samples, data.images, data.labels),
     )
     return result, torch.from_numpy(samples[:20, None])
 
 
 def class_accuracy(samples: np.ndarray, images: np.ndarray, labels: np.ndarray) -> float:
     """How often the nearest real image has the class that was asked for, number i's being i modulo 10."""
+    import numpy as np
     from sklearn.neighbors import KNeighborsClassifier
 
     flat = [a.reshape(len(a), -1).astype(float) for a in (images, samples)]

@@ -8,50 +8,104 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-import pipeline
-from flowturbo.data.classes import IMAGENET_CLASSES, class_index
-from flowturbo.data.pictures import grid, save_png, to_uint8
+from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.system import cli
-from flowturbo.system.distributed import pick_device
 from flowturbo.system.files import check_writable
-from flowturbo.transport import FlowTurbo, Sampler
+from flowturbo.system.options import option
+from flowturbo.transport.spec import SamplerSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowturbo.data.classes import ClassNames
+    from flowturbo.sampling.generate import ImageSampler
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__.strip(), "Every flag may be spelled with - or _.")
-    group = parser.add_argument_group("what to sample")
-    group.add_argument(
-        "--schedule",
-        default="H1P5R3",
-        help="blocks H (Heun), P (pseudo corrector), R (refiner), E (Euler) with counts, groups as [H1P1R1]x2; "
-        "or dopri5, or sdeN for an SDE of N steps",
+@dataclass(frozen=True)
+class Options:
+    """What to sample. Raises ValueError for impossible values."""
+
+    schedule: str = option(
+        "H1P5R3",
+        "blocks H (Heun), P (pseudo corrector), R (refiner), E (Euler) with counts, groups as [H1P1R1]x2, on a grid as "
+        "H8@shift2; or dopri5, or sdeN for an SDE of N steps",
     )
-    group.add_argument(
-        "--compare", nargs="+", metavar="SCHEDULE", help="one row for each of these, all from the same noise"
+    compare: tuple[str, ...] | None = option(
+        None, "one row for each of these, all from the same noise", metavar="SCHEDULE"
     )
-    group.add_argument(
-        "--classes",
-        nargs="+",
+    classes: tuple[str, ...] | None = option(
+        None,
+        "indices, or names: the model's own, or ImageNet's and WordNet ids (default: the original's eight, or the "
+        "model's first eight)",
         metavar="CLASS",
-        help="indices, or ImageNet names and WordNet ids (default: the original's eight, or the model's first eight)",
     )
-    group.add_argument("--num-images", type=int, help="how many, going round the classes (default: one of each)")
-    group.add_argument("--batch-size", type=int, default=16, help="images sampled at once")
-    group.add_argument("--out", metavar="PNG", help="(default: samples/SCHEDULE-cfgSCALE-seedSEED.png)")
-    pipeline.add_network_flags(parser)
-    pipeline.add_sampling_flags(parser, cfg_scale=4.0)
-    return parser
+    num_images: int | None = option(None, "how many, going round the classes (default: one of each)")
+    batch_size: int = option(16, "images sampled at once")
+    out: str | None = option(None, "(default: samples/SCHEDULE-cfgSCALE-seedSEED.png)", metavar="PNG")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
+            raise ValueError("batch_size and num_images must be at least 1")
+        if self.out and Path(self.out).suffix.lower() != ".png":
+            raise ValueError(f"out {self.out!r} must end in .png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    kinds = {"what to sample": Options, "networks": NetworkOptions, "sampling": SamplingOptions}
+    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds)
+    specs = [SamplerSpec.parse(text) for text in options.compare or [options.schedule]]
+    out = Path(options.out or default_name(specs, sampling))
+    check_writable(out)
+
+    from flowturbo.data.pictures import grid, save_png
+    from flowturbo.sampling.generate import ImageSampler, find_files, load_networks
+
+    files = find_files(network_options, any(spec.needs_refiner for spec in specs))
+    networks = load_networks(network_options, files)
+    classes = pick_classes(options, networks.predictor.num_classes, networks.class_names)
+    settings = sampling.settings(networks.path_type or "linear")
+    # All are built first: a mistake in the last shows before the first is sampled.
+    samplers = [ImageSampler(networks, spec, settings, network_options.compile) for spec in specs]
+    if len(samplers) > 1:  # so that no row's time contains the device's start-up or a compilation
+        start_up = samplers if network_options.compile else samplers[:1]
+        for sampler in start_up:
+            sample_row(sampler, sampling.seed, classes[: options.batch_size], options.batch_size)
+    rows, captions = [], []
+    for sampler in samplers:
+        row = sample_row(sampler, sampling.seed, classes, options.batch_size)
+        rows.append(row.images)
+        name = f"{sampler} compiled" if network_options.compile else str(sampler)
+        captions.append(row.caption(name, sampling.cfg_scale))
+        print(captions[-1] + (", compilation included" if network_options.compile and len(samplers) == 1 else ""))
+    if not options.compare:
+        rows = list(rows[0].split(4 if len(classes) <= 8 else 8))
+    save_png(out, grid(rows, captions if options.compare else ()))
+    print(f"saved {out}")
+
+
+def default_name(specs: Sequence[SamplerSpec], sampling: SamplingOptions) -> str:
+    """samples/SCHEDULE-cfgSCALE-seedSEED.png."""
+    name = re.sub(r"[^\w.+@-]", "_", "-vs-".join(map(str, specs)))[:100]
+    return f"samples/{name}-cfg{sampling.cfg_scale:g}-seed{sampling.seed}.png"
+
+
+def pick_classes(options: Options, num_classes: int, names: ClassNames | None) -> list[int]:
+    """The class of every image, by index or name. Raises ValueError for classes that the model has not."""
+    from flowturbo.data.classes import IMAGENET_CLASSES, class_index
+
+    default = CLASSES if num_classes == IMAGENET_CLASSES else [str(c) for c in range(min(8, num_classes))]
+    classes = [class_index(name, num_classes, names) for name in options.classes or default]
+    count = options.num_images or len(classes)
+    return [classes[i % len(classes)] for i in range(count)]
 
 
 @dataclass
@@ -60,7 +114,7 @@ class Row:
 
     images: Tensor  # (N, C, H, W) uint8
     evaluations: tuple[int, int]  # predictor, refiner
-    seconds: float  # sampling alone, without decoding
+    seconds: float  # from noise to bytes
 
     def caption(self, name: str, cfg_scale: float) -> str:
         predictor, refiner = self.evaluations
@@ -69,91 +123,31 @@ class Row:
         return f"{name}   {count} evaluations   cfg {cfg_scale:g}   {ms:.3g} ms/image"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    texts = args.compare or [args.schedule]
-    name = pipeline.file_name("-vs-".join(texts))
-    out = Path(args.out or f"samples/{name}-cfg{args.cfg_scale:g}-seed{args.seed}.png")
-    needs_refiner = any(map(pipeline.needs_refiner, texts))
-    pipeline.check_files(args, needs_refiner)
-    check_writable(out)
-    networks = pipeline.load_networks(args, needs_refiner, pick_device(args.device))
-    classes = pick_classes(args, networks.predictor.num_classes)
-    for text in texts:
-        pipeline.sampler_of(args, text, networks)  # a mistake in the last shows before the first is sampled
-    warm_up = "E1R1" if needs_refiner else "E1"
-    if args.compare and not args.compile:  # so that the first row's time does not contain the device's start-up
-        sample_row(args, pipeline.sampler_of(args, warm_up, networks), networks, classes[: args.batch_size])
-    rows, captions = [], []
-    for text in texts:
-        sampler = pipeline.sampler_of(args, text, networks)
-        row = sample_row(args, sampler, networks, classes)
-        if args.compare and args.compile:
-            row = sample_row(args, sampler, networks, classes)  # the first contained the compilation
-        rows.append(row.images)
-        captions.append(row.caption(f"{sampler} compiled" if args.compile else str(sampler), args.cfg_scale))
-        print(captions[-1] + (", compilation included" if args.compile and not args.compare else ""))
-    if not args.compare:
-        rows = list(rows[0].split(4 if len(classes) <= 8 else 8))
-    save_png(out, grid(rows, captions if args.compare else ()))
-    print(f"saved {out}")
+def sample_row(sampler: ImageSampler, seed: int, classes: Sequence[int], batch_size: int) -> Row:
+    """Sample all images, in batches, with a progress bar that counts evaluations."""
+    import torch
+    from tqdm import tqdm
 
+    from flowturbo.networks.calls import CallCounter
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = build_parser()
-    args = parser.parse_args(cli.hyphenate(argv))
-    if args.batch_size < 1 or (args.num_images is not None and args.num_images < 1):
-        parser.error("--batch-size and --num-images must be at least 1")
-    if args.out and Path(args.out).suffix.lower() != ".png":
-        parser.error(f"--out {args.out!r} must end in .png")
-    pipeline.guidance_of(args)
-    return args
-
-
-def pick_classes(args: argparse.Namespace, num_classes: int) -> Tensor:
-    """The class of every image, (num_images,) int64."""
-    names = args.classes or (
-        CLASSES if num_classes == IMAGENET_CLASSES else [str(c) for c in range(min(8, num_classes))]
-    )
-    classes = [class_index(name, num_classes) for name in names]
-    count = args.num_images or len(classes)
-    return torch.tensor([classes[i % len(classes)] for i in range(count)])
-
-
-def sample_row(args: argparse.Namespace, sampler: Sampler, networks: pipeline.Networks, classes: Tensor) -> Row:
-    """Sample and decode all images, in batches."""
     images, seconds = [], 0.0
-    starts = range(0, len(classes), args.batch_size)
-    planned = sum(sampler.evaluations()) if isinstance(sampler, FlowTurbo) else None
+    starts = range(0, len(classes), batch_size)
+    planned = sum(sampler.evaluations) if sampler.evaluations else None
+    total = planned and planned * len(starts)
     with (
-        tqdm(
-            total=planned and planned * len(starts),
-            unit="evaluation",
-            desc=str(sampler),
-            leave=False,
-            dynamic_ncols=True,
-        ) as bar,
-        pipeline.CallCounter(networks.predictor, bar.update) as of_predictor,
-        pipeline.CallCounter(networks.refiner, bar.update) as of_refiner,
+        tqdm(total=total, unit="evaluation", desc=str(sampler), leave=False, dynamic_ncols=True) as bar,
+        CallCounter(sampler.networks.predictor, bar.update) as of_predictor,
+        CallCounter(sampler.networks.refiner, bar.update) as of_refiner,
     ):
         for k, start in enumerate(starts):
-            numbers = range(start, min(start + args.batch_size, len(classes)))
-            _wait(networks.device)
+            numbers = range(start, min(start + batch_size, len(classes)))
             begin = time.perf_counter()
-            latents = pipeline.sample_numbers(sampler, networks, args.seed, numbers, classes[start : numbers.stop])
-            _wait(networks.device)
+            images.append(sampler(seed, numbers, classes[start : numbers.stop]).cpu())
             seconds += time.perf_counter() - begin
             if planned:
                 bar.update(planned * (k + 1) - bar.n)  # a static graph does not call the counters
-            images.append(to_uint8(networks.autoencoder.decode(latents)).cpu())
-    counted = (of_predictor.count // len(starts), of_refiner.count // len(starts))
-    compiled = isinstance(sampler, FlowTurbo) and sampler.compiled is not None
-    return Row(torch.cat(images), sampler.evaluations() if compiled else counted, seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    counted = of_predictor.count // len(starts), of_refiner.count // len(starts)
+    return Row(torch.cat(images), sampler.evaluations or counted, seconds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -13,9 +14,8 @@ import torch._inductor.utils
 from torch import Tensor
 from tqdm import tqdm
 
-import pipeline
 from benchmarks.measure import interleave
-from benchmarks.plan import Plan
+from benchmarks.options import Plan
 from benchmarks.variants import (
     Error,
     Networks,
@@ -25,13 +25,15 @@ from benchmarks.variants import (
     noise_and_labels,
     reference,
 )
-from flowturbo.networks.compiled import block_step
+from flowturbo.models import run_block
+from flowturbo.networks.compiled import StaticGraphs, block_step
+from flowturbo.networks.precision import quantize
 from flowturbo.transport import FlowTurbo
 
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-ASIDE = ("published way, compiled network by network", "blocks compiled, not by regions")
+ASIDE = ("released code, compiled network by network", "blocks compiled, not by regions")
 
 
 @dataclass
@@ -78,33 +80,32 @@ def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dic
     held = (networks.fast_predictor, networks.fast_refiner, schedule, plan.cfg_scale)
 
     def static(*, decode: Callable[[Tensor], Tensor] | None, graphs: bool = True, recording: bool = False) -> Run:
-        sampler = FlowTurbo(*held, compile=True, decode=decode)
-        assert sampler.compiled is not None
-        sampler.compiled.recording = recording
+        sampler = FlowTurbo(*held, engine=StaticGraphs, decode=decode)
+        assert isinstance(sampler.engine, StaticGraphs)
+        sampler.engine.recording = recording
         if not graphs:
-            sampler.compiled.step = block_step
+            sampler.engine.step = block_step
         return sampler.sample
 
     def whole() -> Run:
-        unshared = [copy.copy(network) for network in held[:2]]
-        for network in unshared:
-            network.regional = False
-        sampler = FlowTurbo(*unshared, *held[2:], compile=True, decode=slow)
-        assert sampler.compiled is not None
-        sampler.compiled.recording = False
+        sampler = FlowTurbo(*held, engine=StaticGraphs, decode=slow)
+        assert isinstance(sampler.engine, StaticGraphs)
+        sampler.engine.recording = False
+        sampler.engine.run = dict.fromkeys(sampler.engine.run, run_block)
         return sampler.sample
 
     def quantized() -> Run:
-        eight = [copy.deepcopy(network) for network in held[:2]]
-        for network in eight:
-            pipeline.quantize(network, "float8" if cuda else "int8")
-        return FlowTurbo(*eight, *held[2:], compile=True, decode=fast).sample
+        predictor, refiner = copy.deepcopy(networks.fast_predictor), copy.deepcopy(networks.fast_refiner)
+        for network in (predictor, refiner):
+            quantize(network, "float8" if cuda else "int8")
+        settings = (schedule, plan.cfg_scale)
+        return FlowTurbo(predictor, refiner, *settings, engine=StaticGraphs, decode=fast).sample
 
     made: dict[str, Callable[[], Run]] = {
-        "published way, float32": lambda: ReleasedStyle(*full, torch.float32, decode=slow).sample
+        "released code, float32": lambda: ReleasedStyle(*full, torch.float32, decode=slow).sample
     }
     if half:
-        made["published way, autocast"] = lambda: ReleasedStyle(*full, plan.dtype, decode=slow).sample
+        made["released code, autocast"] = lambda: ReleasedStyle(*full, plan.dtype, decode=slow).sample
     made[ASIDE[0]] = lambda: ReleasedStyle(*full, plan.dtype, compile=True, decode=slow_compiled).sample
     if half:
         made["blocks held in half precision"] = lambda: ReleasedStyle(*held, torch.float32, decode=slow).sample
@@ -142,7 +143,7 @@ def measure_group(plan: Plan, networks: Networks, schedule: str, batch_size: int
             begin = time.perf_counter()
             errors[name] = error(run(z, y), exact)
             first[name] = time.perf_counter() - begin
-        calls[name] = lambda run=run: run(z, y)
+        calls[name] = partial(run, z, y)
     timings = interleave(calls, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="ablation")
     rows: list[Row] = []
     before = 0.0

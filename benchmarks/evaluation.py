@@ -30,12 +30,12 @@ class Run(NamedTuple):
 
 
 def compare_frechet(count: int = 50_000, dimensions: int = 2048, repeats: int = 3) -> dict[str, list[Run]]:
-    """Run each contestant `repeats` times, interleaved, on two float32 feature sets (count, dimensions).
+    """Run each method `repeats` times, interleaved, on two float32 feature sets (count, dimensions).
 
     Every run has a process of its own, so that its peak memory is its own; that includes both feature sets and
     the imported libraries. Loading and importing are not timed.
     """
-    runs: dict[str, list[Run]] = {name: [] for name in CONTESTANTS}
+    runs: dict[str, list[Run]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         _in_new_process(_write_features, folder, count, dimensions)
         for _ in range(repeats):
@@ -102,7 +102,7 @@ def _scipy_sqrtm(samples: np.ndarray, reference: np.ndarray) -> tuple[Any, Any, 
     return s, r, distance
 
 
-CONTESTANTS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, Callable[..., Any]] = {
     "ours": _ours,
     "torch-fidelity": _torch_fidelity,
     "scipy sqrtm": _scipy_sqrtm,
@@ -111,10 +111,10 @@ CONTESTANTS: dict[str, Callable[..., Any]] = {
 
 def _measure(name: str, folder: str) -> Run:
     samples, reference = (np.load(Path(folder, f"{side}.npy")) for side in ("samples", "reference"))
-    samples_4, reference_4, distance = CONTESTANTS[name](samples[:8, :4], reference[:8, :4])
+    samples_4, reference_4, distance = METHODS[name](samples[:8, :4], reference[:8, :4])
     distance(samples_4, reference_4)  # imports, and starts the threads
     start = time.perf_counter()
-    sample_moments, reference_moments, distance = CONTESTANTS[name](samples, reference)
+    sample_moments, reference_moments, distance = METHODS[name](samples, reference)
     middle = time.perf_counter()
     value = float(distance(sample_moments, reference_moments))
     end = time.perf_counter()

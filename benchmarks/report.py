@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.variants import Error
 
-SCHEDULES = ("H8", "H11", "H15", "H24", "H1P5R3", "H2P4R2", "H2P8R2", "H5P7R3", "H8P9R5")
 # The Heun schedule of about the same FID (FlowTurbo, tables 1 and 2); for H1P5R3, 3.93 against 3.68, the nearest.
 HEUN_OF = {"H1P5R3": "H8", "H2P4R2": "H8", "H2P8R2": "H11", "H5P7R3": "H15", "H8P9R5": "H24"}
 # ms per image on an A800 at batch 8 with decode: Heun not compiled, FlowTurbo compiled.
@@ -59,7 +58,7 @@ def partner(row: Row, rows: Sequence[Row], variant: str, schedule: str | None) -
 
 def ratios(row: Row, rows: Sequence[Row]) -> dict[str, float]:
     """How many times faster than: Heun at about equal quality in the same variant ("heun"), eager Heun where the
-    row is compiled ("mixed", as the paper divides), the published code's way in the same state ("released")."""
+    row is compiled ("mixed", as the paper divides), the released code's way in the same state ("released")."""
     heun = HEUN_OF.get(row.schedule)
     others = {
         "heun": partner(row, rows, row.variant, heun),
@@ -94,7 +93,7 @@ def table(rows: Sequence[Row]) -> str:
 
 LEGEND = """x Heun, accel: against the Heun schedule of about equal FID in the same variant, so compiled with
 compiled and eager with eager (for H1P5R3 the nearest: 3.93 against 3.68). mixed: compiled against eager Heun, as
-the paper divides; not a fair ratio. x rel.: against the published code's way in the same state. % peak: of the
+the paper divides; not a fair ratio. x rel.: against the released code's way in the same state. % peak: of the
 measured matrix rate. % kern: of the speed of the blocks' bare kernels, and of the decoder as it is. pred, ref, dec:
 ms of predictor, refiner and decoder, measured apart, by how much one more block adds. GB: the weights, and what the
 call holds at its peak. first s: the first call, whose graphs later schedules share. Errors against eager float32."""

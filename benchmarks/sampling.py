@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.measure import Roofline, flops, interleave, kernel_seconds, peak_memory
-from benchmarks.plan import Plan
+from benchmarks.options import Plan
 from benchmarks.report import LEGEND, Row, against_paper, table
 from benchmarks.variants import (
     VARIANTS,
     Networks,
-    Sampler,
+    Run,
     build_networks,
     error,
     make,
@@ -26,8 +26,11 @@ from benchmarks.variants import (
     stable_diffusion_autoencoder,
     tf32,
 )
+from flowturbo.models import SiT
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.precision import autocast
+from flowturbo.refiner import VelocityRefiner
 from flowturbo.transport import FlowTurbo, Schedule
-from pipeline import autocast
 
 
 @dataclass
@@ -44,11 +47,9 @@ class Work:
         with torch.device("meta"):
             x, t = torch.empty(1, *networks.predictor.input_shape), torch.empty(1)
             y = torch.empty(1, dtype=torch.int64)
-            predictor, refiner = (type(n)(**n.config) for n in (networks.predictor, networks.refiner))
+            predictor, refiner = SiT(**networks.predictor.config), VelocityRefiner(**networks.refiner.config)
             decode = stable_diffusion_autoencoder().decode
-            return cls(
-                flops(lambda: predictor(x, t, y)), flops(lambda: refiner(x, t, x, y)), flops(lambda: decode(x))
-            )
+            return cls(flops(lambda: predictor(x, t, y)), flops(lambda: refiner(x, t, x, y)), flops(lambda: decode(x)))
 
     def per_image(self, schedule: str, cfg_scale: float, decode: bool) -> int:
         """Of sampling one image; guidance doubles the rows."""
@@ -88,25 +89,22 @@ def measure_group(
         for s in tqdm(plan.schedules, desc="float32", leave=False, disable=None)
     }
 
-    def call(sampler: Sampler) -> Callable[[], Tensor]:
-        return lambda: sampler.sample(z, y)
-
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     first, errors, memory = {}, {}, {}
     for name in tqdm(names, desc="first calls", unit="call", leave=False, disable=None):
         variant, schedule = name
-        sampler = make(networks, *name, plan.cfg_scale, decode)
-        calls[name] = call(sampler)
+        run = make(networks, variant, schedule, plan.cfg_scale, decode, batch_size)
+        calls[name] = run.call
         begin = time.perf_counter()
-        errors[name] = error(calls[name](), exact[schedule])
+        run.call()
         first[name] = time.perf_counter() - begin
-        memory[name] = networks.weights(variant, decode) + peak_memory(
-            without_recording(sampler, calls[name]), plan.device
-        )
+        errors[name] = error(run.values(), exact[schedule])
+        held = peak_memory(without_recording(run), plan.device)
+        memory[name] = networks.weights(variant, decode) + held
     parts: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for variant in VARIANTS:  # one more block of each kind shows what it takes
         for schedule in ("H1", "H2", "H1R1", "H1R2"):
-            parts[variant, schedule] = call(make(networks, variant, schedule, plan.cfg_scale, False))
+            parts[variant, schedule] = make(networks, variant, schedule, plan.cfg_scale, False, batch_size).call
             parts[variant, schedule]()
         if decode:
             parts[variant, "decode"] = decoding(networks, variant, z)
@@ -149,20 +147,20 @@ def measure_group(
     return rows
 
 
-def without_recording(sampler: Sampler, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def without_recording(run: Run) -> Callable[[], Tensor]:
     """The call with its kernels launched one by one: the memory of a recorded graph is not counted as it runs."""
+    engine = run.sampler.engine if isinstance(run.sampler, FlowTurbo) else None
+    if not isinstance(engine, StaticGraphs):
+        return run.call
 
-    def run() -> Tensor:
-        compiled = sampler.compiled if isinstance(sampler, FlowTurbo) else None
-        if compiled is None:
-            return call()
-        compiled.recording = False
+    def call() -> Tensor:
+        engine.recording = False
         try:
-            return call()
+            return run.call()
         finally:
-            compiled.recording = True
+            engine.recording = True
 
-    return run
+    return call
 
 
 def decoding(networks: Networks, variant: str, z: Tensor) -> Callable[[], Tensor]:
@@ -181,7 +179,7 @@ def decoding(networks: Networks, variant: str, z: Tensor) -> Callable[[], Tensor
 def bare_seconds(plan: Plan, networks: Networks, batch_size: int) -> float:
     """Seconds that the bare kernels of one block take for a guided batch."""
     predictor = networks.predictor
-    block = predictor.blocks[0]
+    block = next(iter(predictor.blocks))
     pieces = kernel_seconds(
         (1 if plan.cfg_scale == 1 else 2) * batch_size,
         predictor.pos_embed.shape[1],

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-import train
 from benchmarks.measure import interleave, repeated
-from benchmarks.plan import Plan
+from benchmarks.options import Plan
 from benchmarks.variants import Networks, build_networks, tf32
-from flowturbo.data.folders import Batch
+from flowturbo.data.loader import Batch
 from flowturbo.data.pictures import from_uint8
 from flowturbo.networks.autoencoder import Autoencoder
+from flowturbo.networks.precision import autocast
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.system.distributed import World
+from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.objective import KeyedDraws, make_objective
+from flowturbo.training.options import DataOptions, HardwareOptions, Optimisation, RefinerOptions, TrainingOptions
 from flowturbo.training.step import State, Update, update
 from flowturbo.transport import refiner_loss, refiner_times
-from pipeline import autocast
 
 PUBLISHED = "published way, float32"
 
@@ -69,11 +71,9 @@ def batches(plan: Plan, networks: Networks, batch_size: int) -> tuple[Batch, Bat
     """The same images, labels and noise twice: as bytes, and as moments of the autoencoder."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch_size, 3, plan.image_size, plan.image_size), generator=generator).byte()
-    shape, classes = networks.predictor.input_shape, networks.predictor.num_classes
-    noise = torch.randn(2, batch_size, *shape, generator=generator)
-    labels = torch.randint(0, classes, (batch_size,), generator=generator)
-    u = torch.rand(3, batch_size, generator=generator)
-    online = Batch(images, labels, noise[0], noise[1], *u).to(plan.device)
+    labels = torch.randint(0, networks.predictor.num_classes, (batch_size,), generator=generator)
+    draws = KeyedDraws(0, networks.predictor.input_shape, posterior=True)(range(batch_size))
+    online = Batch(images, labels, torch.arange(batch_size), draws).to(plan.device)
     with torch.no_grad():
         moments = networks.autoencoder.moments(from_uint8(online.images)).half()
     return online, online._replace(images=moments)
@@ -116,21 +116,26 @@ def new_refiner(networks: Networks) -> VelocityRefiner:
     return refiner
 
 
-def settings(compile: bool = False):
-    """train.py's, by default."""
-    return train.build_parser().parse_args(["--data-path", "-", *(["--compile"] if compile else [])])
+def options_of(batch_size: int, compile: bool = False) -> TrainingOptions:
+    """train.py's defaults, but for the learning rate: next to none, so that every step costs the same and the variants
+    stay comparable."""
+    return TrainingOptions(
+        "refiner",
+        DataOptions(data_path="-"),
+        RefinerOptions(model_teacher_ckpt="-"),
+        optimisation=Optimisation(global_batch_size=batch_size, lr=1e-30),
+        hardware=HardwareOptions(compile=compile),
+    )
 
 
 def step(plan: Plan, networks: Networks, batch: Batch, compile: bool = False) -> Callable[[], Update]:
     """A step of train.py, in the plan's precision; nobody waits for what it returns."""
-    model = new_refiner(networks)
-    # A learning rate of zero: every step then costs the same and the variants stay comparable.
-    state = State.new(model, plan.device, lr=0.0, weight_decay=0.0, fp16=plan.dtype == torch.float16)
+    options, model = options_of(len(batch.labels), compile), new_refiner(networks)
+    state = State.new(model, plan.device, options.optimisation, fp16=plan.dtype == torch.float16)
     autoencoder = Autoencoder(copy.deepcopy(networks.autoencoder.network))  # as train.py has it, channels last
-    loss_of = train.make_loss(settings(compile), model, networks.fast_predictor, autoencoder, plan.dtype)
-    world = World(0, 0, 1, plan.device)
-    rates = {"lr": 0.0, "clip": None, "ema_decay": 0.9999}
-    return lambda: update(state, world, batch, loss_of, global_batch_size=len(batch.labels), **rates)
+    frozen = FrozenNetworks(networks.fast_predictor, autoencoder, plan.device, plan.dtype)
+    objective, world = make_objective(options, frozen, model), World(0, 0, 1, plan.device)
+    return lambda: update(state, world, batch, objective, options.optimisation)
 
 
 def published_step(plan: Plan, networks: Networks, batch: Batch) -> Callable[[], float]:
@@ -140,13 +145,14 @@ def published_step(plan: Plan, networks: Networks, batch: Batch) -> Callable[[],
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     autoencoder, predictor = networks.autoencoder, networks.predictor
-    t, dt = refiner_times(batch.u_t, batch.u_dt)
-    drop = batch.u_drop < settings().class_dropout
+    draws = batch.draws
+    t, dt = refiner_times(draws.u_t, draws.u_dt)
+    drop = draws.u_drop < Optimisation().class_dropout
 
     @tf32()
     def call() -> float:
-        x1 = autoencoder.sample(autoencoder.moments(from_uint8(batch.images)), batch.posterior_noise)
-        losses = refiner_loss(model, predictor, x1, batch.labels, x0=batch.noise, t=t, dt=dt, drop=drop)
+        x1 = autoencoder.sample(autoencoder.moments(from_uint8(batch.images)), draws.posterior_noise)
+        losses = refiner_loss(model, predictor, x1, batch.labels, x0=draws.noise, t=t, dt=dt, drop=drop)
         loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -163,7 +169,7 @@ def measure_parts(plan: Plan, networks: Networks, online: Batch, cached: Batch) 
     """Encoding, the teacher's two evaluations, the refiner forward and backward, and the rest of the update."""
     model, teacher = new_refiner(networks), networks.fast_predictor
     autoencoder = Autoencoder(copy.deepcopy(networks.autoencoder.network))
-    x, t, drop = cached.noise, cached.u_t, cached.u_drop < settings().class_dropout
+    x, t, drop = cached.draws.noise, cached.draws.u_t, cached.draws.u_drop < Optimisation().class_dropout
     whole = step(plan, networks, cached)
 
     def encode() -> None:

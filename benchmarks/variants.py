@@ -1,4 +1,4 @@
-"""What is compared: sampling as the published code does it, and FlowTurbo, on the same networks."""
+"""What is compared: sampling as the released code does it, and FlowTurbo, on the same networks."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.plan import Plan
+from benchmarks.options import Plan
+from flowturbo.data.pictures import to_uint8
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.models import SIT_CONFIGS, SiT
 from flowturbo.networks.autoencoder import Autoencoder
-from flowturbo.networks.compiled import graph_limits
+from flowturbo.networks.compiled import StaticGraphs, graph_limits
+from flowturbo.networks.precision import autocast, cast
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.transport import FlowTurbo, Schedule
-from flowturbo.transport.guidance import guide
-from flowturbo.transport.integrators import integrate
-from pipeline import autocast
+from flowturbo.sampling.generate import ImageSampler
+from flowturbo.sampling.generate import Networks as SampledNetworks
+from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings, Schedule
+from flowturbo.transport.blocks import integrate
+from flowturbo.transport.branches import guide
+
+AnySiT = TypeVar("AnySiT", bound=SiT)
 
 
 class Sampler(Protocol):
-    """What ReleasedStyle and FlowTurbo have in common."""
+    """What ReleasedStyle and the samplers of flowturbo.transport have in common."""
 
     def sample(self, z: Tensor, y: Tensor) -> Tensor: ...
 
@@ -43,10 +48,10 @@ class Networks:
 
     def __post_init__(self) -> None:
         half = self.dtype != torch.float32
-        self.fast_predictor = copy.deepcopy(self.predictor).cast(self.dtype) if half else self.predictor
-        self.fast_refiner = copy.deepcopy(self.refiner).cast(self.dtype) if half else self.refiner
+        self.fast_predictor = cast(copy.deepcopy(self.predictor), self.dtype) if half else self.predictor
+        self.fast_refiner = cast(copy.deepcopy(self.refiner), self.dtype) if half else self.refiner
         self.fast_autoencoder = copy.deepcopy(self.autoencoder).to(self.dtype)
-        self.autoencoder.network.to(memory_format=torch.contiguous_format)  # as the published code decodes
+        self.autoencoder.network.to(memory_format=torch.contiguous_format)  # as the released code decodes
         # On a CPU these are no other than the two above: compiling would gain nothing.
         self.compiled_autoencoder = copy.deepcopy(self.autoencoder)
         self.fast_compiled_autoencoder = copy.deepcopy(self.fast_autoencoder)
@@ -92,7 +97,7 @@ def noise_and_labels(networks: Networks, batch_size: int) -> tuple[Tensor, Tenso
     return z, torch.arange(batch_size, device=device) % predictor.num_classes
 
 
-def stable_diffusion_autoencoder() -> nn.Module:
+def stable_diffusion_autoencoder() -> Any:
     """An AutoencoderKL of Stable Diffusion's shape with random weights."""
     from diffusers import AutoencoderKL
 
@@ -107,7 +112,7 @@ def stable_diffusion_autoencoder() -> nn.Module:
     )
 
 
-def awaken(network: SiT) -> SiT:
+def awaken(network: AnySiT) -> AnySiT:
     """The network with small random weights where adaLN-Zero has zeros: it must not return zero."""
     with torch.no_grad():
         for parameter in network.parameters():
@@ -117,7 +122,7 @@ def awaken(network: SiT) -> SiT:
 
 
 class ReleasedStyle:
-    """Sampling with the costs of the published code.
+    """Sampling with the costs of the released code.
 
     float32 weights, in half precision under one autocast round trajectory and decoding, in float32 with TF32; time
     and class embedded in every evaluation; a doubled state; times on the host. `compile` compiles each network as a
@@ -149,12 +154,14 @@ class ReleasedStyle:
             both = network(torch.cat([x[:n], x[:n]]), t.to(z.device).expand(2 * n), *rest, labels)
             return guide(both.float(), self.cfg_scale, 3)
 
+        def on_host(t: float) -> Tensor:
+            return torch.tensor(t, dtype=torch.float32)
+
         steps = integrate(
-            lambda x, t: guided(self.predictor, x, t),
+            self.schedule.plan(),
             torch.cat([z, z]),
-            self.schedule.blocks,
-            self.schedule.times(),
-            offset=lambda x, t, v: guided(self.refiner, x, t, v),
+            lambda x, t: guided(self.predictor, x, on_host(t)),
+            lambda x, t, seen, base: base + guided(self.refiner, x, on_host(t), seen),
         )
         with graph_limits(), tf32(), autocast(z.device, self.dtype):
             for step in steps:
@@ -175,20 +182,52 @@ def tf32() -> Iterator[None]:
 
 def whole(network: SiT) -> Callable[..., Tensor]:
     """The network compiled as one graph, without the shared compilation of its blocks; the same weights."""
-    network = copy.copy(network)
-    network.regional = False
     return torch.compile(network, dynamic=False)
 
 
-def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool) -> Sampler:
-    """The sampler of a name in VARIANTS."""
-    how: dict[str, Any] = {
-        "compile": variant.endswith("compiled"),
-        "decode": networks.autoencoder_of(variant).decode if decode else None,
-    }
+@dataclass
+class Run:
+    """What is measured of a variant: `call`, as users make it; and `values`, float, for its error."""
+
+    call: Callable[[], Tensor]
+    values: Callable[[], Tensor]
+    sampler: Sampler
+
+
+def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool, batch_size: int) -> Run:
+    """The run of a name in VARIANTS on the batch that all of them sample.
+
+    Without decoding it goes from noise on the device to latents. With it, from seed, numbers and classes to uint8
+    images, as sample.py and sample_ddp_feature.py make them.
+    """
+    z, y = noise_and_labels(networks, batch_size)
+    autoencoder = networks.autoencoder_of(variant)
+    decoder = autoencoder.decode if decode else None
+    compiled = variant.endswith("compiled")
+    sampler: Sampler
     if variant.startswith("released"):
-        return ReleasedStyle(networks.predictor, networks.refiner, schedule, cfg_scale, networks.dtype, **how)
-    return FlowTurbo(networks.fast_predictor, networks.fast_refiner, schedule, cfg_scale, **how)
+        full = (networks.predictor, networks.refiner, schedule, cfg_scale, networks.dtype)
+        sampler = ReleasedStyle(*full, compile=compiled, decode=decoder)
+    else:
+        fast = (networks.fast_predictor, networks.fast_refiner, schedule, cfg_scale)
+        sampler = FlowTurbo(*fast, engine=StaticGraphs if compiled else None, decode=decoder)
+
+    def values() -> Tensor:
+        return sampler.sample(z, y)
+
+    if not decode:
+        return Run(values, values, sampler)
+    if variant.startswith("released"):
+
+        def images() -> Tensor:
+            noise = keyed_noise(0, range(batch_size), networks.predictor.input_shape).to(z.device)
+            return to_uint8(sampler.sample(noise, y))
+
+        return Run(images, values, sampler)
+    sampled = SampledNetworks(networks.fast_predictor, networks.fast_refiner, autoencoder, z.device)
+    image_sampler = ImageSampler(sampled, schedule, SamplerSettings(Guidance(cfg_scale)), compiled)
+    classes = y.tolist()
+    return Run(lambda: image_sampler(0, range(batch_size), classes), values, image_sampler.sampler)
 
 
 def reference(networks: Networks, schedule: str, cfg_scale: float, decode: bool) -> FlowTurbo:

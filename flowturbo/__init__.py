@@ -1,3 +1,43 @@
-"""FlowTurbo: fast sampling of frozen flow models."""
+"""FlowTurbo: fast sampling of frozen flow models.
+
+    from flowturbo import FlowTurbo, Schedule, SiT, VelocityRefiner
+
+Names load when they are first used, so that importing the package costs nothing.
+"""
+
+# ruff: noqa: F401
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowturbo.configurations import SIT_CONFIGS
+    from flowturbo.models import SiT
+    from flowturbo.networks.load import load_network
+    from flowturbo.refiner import VelocityRefiner
+    from flowturbo.transport.guidance import Guidance
+    from flowturbo.transport.samplers import FlowTurbo
+    from flowturbo.transport.schedule import Schedule
 
 __version__ = "0.2.0"
+
+_HOMES = {
+    "SIT_CONFIGS": "configurations",
+    "SiT": "models",
+    "VelocityRefiner": "refiner",
+    "FlowTurbo": "transport.samplers",
+    "Guidance": "transport.guidance",
+    "Schedule": "transport.schedule",
+    "load_network": "networks.load",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,27 +9,24 @@ Transformers", 2024; blocks after Peebles & Xie, "Scalable Diffusion Models with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Attention
 from torch import Tensor
 
-_WIDTHS = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
-SIT_CONFIGS: dict[str, dict[str, int]] = {
-    f"SiT-{name}/{patch_size}": {"patch_size": patch_size, **width}
-    for name, width in _WIDTHS.items()
-    for patch_size in (2, 4, 8)
-}
+from flowturbo.configurations import SIT_CONFIGS
+
+__all__ = ["SIT_CONFIGS", "SiT"]
+
+RunBlock = Callable[["Block", Tensor, Tensor], Tensor]
+
+
+def run_block(block: Block, tokens: Tensor, modulation: Tensor) -> Tensor:
+    """A block's output."""
+    return block(tokens, modulation)
 
 
 class SiT(nn.Module):
@@ -42,7 +39,6 @@ class SiT(nn.Module):
     """
 
     images_in = 1  # images concatenated along the channels at the input: x
-    regional = True  # torch.compile makes one graph for all blocks; False: one of the whole network
 
     def __init__(
         self,
@@ -87,7 +83,7 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
         grid = (height // patch_size, width // patch_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, *grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = Blocks(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize_weights()
 
@@ -98,16 +94,13 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         projection = self.x_embedder.proj  # a convolution that is a linear map of each patch
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
+        nn.init.zeros_(cast(Tensor, projection.bias))
+        of_time = (linear(self.t_embedder.mlp, k).weight for k in (0, 2))
+        for weight in (self.y_embedder.embedding_table.weight, *of_time):
             nn.init.normal_(weight, std=0.02)
         # adaLN-Zero: every block starts as the identity and the network as zero.
-        for module in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
-            nn.init.zeros_(module.weight)
+        for layers in (*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation):
+            nn.init.zeros_(linear(layers, 1).weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
@@ -117,8 +110,20 @@ class SiT(nn.Module):
         True puts the null class in place of the label. Returns (N, C, H, W).
         Raises ValueError for an x of another shape, and for `drop` on a model without a null class.
         """
-        patches = self.to_patches(x, "x")
-        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), patches))
+        return self.evaluate((x,), t, y, drop)
+
+    def evaluate(
+        self,
+        images: tuple[Tensor, ...],
+        t: Tensor,
+        y: Tensor,
+        drop: Tensor | None = None,
+        run: RunBlock = run_block,
+    ) -> Tensor:
+        """`forward` for all that it sees, with a choice of how each of its blocks is run."""
+        patches = [self.to_patches(image, name) for image, name in zip(images, "xv")]
+        labels = y if drop is None else torch.where(drop, self.null_class, y)
+        return self.to_images(self.transform(self.embed(*patches), self.modulations(t, labels), run))
 
     def modulations(self, t: Tensor, labels: Tensor) -> Tensor:
         """All that depends on time and class, and not on the image: adaLN's shifts, scales and gates, layer by layer.
@@ -130,21 +135,17 @@ class SiT(nn.Module):
         modulations = torch.cat([*of_blocks, self.final_layer.adaLN_modulation(condition)], dim=1)
         return modulations.to(condition.dtype).unflatten(1, (-1, self.width))
 
-    def evaluate(self, modulations: Tensor, *patches: Tensor) -> Tensor:
-        """The network in the space of patches, with its conditioning computed beforehand.
+    def embed(self, *patches: Tensor) -> Tensor:
+        """Patches, of each image it sees, (N, T, p*p, C) as of `to_patches` -> tokens (N, T, hidden_size)."""
+        inputs = torch.cat(patches, dim=-1)
+        # States stay in float32 also in a network that is all in half precision.
+        return self.x_embedder(inputs.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
 
-        patches, of each image it sees, (N, T, p*p, C) as of `to_patches`; modulations as of `modulations`, N rows, or
-        2N for both branches of guidance, whose states are the same. Returns a row for each of the modulations'.
-        """
-        rows = max(map(len, patches))
-        inputs = torch.cat([p if len(p) == rows else torch.cat([p, p]) for p in patches], dim=-1)
-        inputs = inputs.to(self.x_embedder.proj.weight.dtype)  # states stay in float32 in a network all in half
-        tokens = self.x_embedder(inputs) + self.pos_embed
-        if len(tokens) < len(modulations):
-            tokens = torch.cat([tokens, tokens])
+    def transform(self, tokens: Tensor, modulations: Tensor, run: RunBlock = run_block) -> Tensor:
+        """Tokens as of `embed`, and modulations as of `modulations` -> the velocity in patches."""
         *of_blocks, of_final = modulations.split(6, dim=1)
         for block, modulation in zip(self.blocks, of_blocks, strict=True):
-            tokens = run_block(block, tokens, modulation) if self.regional else block(tokens, modulation)
+            tokens = run(block, tokens, modulation)
         outputs = self.final_layer(tokens, of_final).unflatten(-1, (self.patch_size**2, self.out_channels))
         return outputs[..., : self.input_shape[0]]  # of the learned-sigma channels only the mean's half
 
@@ -166,26 +167,12 @@ class SiT(nn.Module):
         images = patches.unflatten(2, (p, p)).unflatten(1, (height // p, width // p))
         return images.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def cast(self, dtype: torch.dtype) -> SiT:
-        """The same network with the weights of its blocks, 99 % of all in SiT-XL/2, held in dtype and nothing else.
-
-        What surrounds the blocks costs next to nothing and stays in float32: in half precision it would make most
-        of the rounding error. On a CPU, attention in half precision is faster as two plain matrix products.
-        """
-        self.blocks.to(dtype)
-        for block in self.blocks:
-            block.attn.fused_attn = self.pos_embed.is_cuda or dtype == torch.float32
-        return self
-
     @property
     def null_class(self) -> int:
         """The index of the null class. Raises ValueError on a model without one."""
         if self.class_dropout_prob <= 0:
             raise ValueError("this model has no null class (class_dropout_prob is 0): it cannot drop labels")
         return self.num_classes
-
-    def _labels(self, y: Tensor, drop: Tensor | None) -> Tensor:
-        return y if drop is None else torch.where(drop, self.null_class, y)
 
 
 class PatchEmbedder(nn.Module):
@@ -203,22 +190,22 @@ class PatchEmbedder(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaptive layer norm (adaLN-Zero) conditioning.
 
-    Its weights may be in half precision while all else is in float32 (`SiT.cast`): the matrix products are then in
-    half, the sum that runs through the blocks is not.
+    Its weights may be in half precision while all else is in float32 (`networks.precision.cast`): the matrix products
+    are then in half, the sum that runs through the blocks is not.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=_gelu_tanh)
+        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the matrix products."""
-        return self.adaLN_modulation[1].weight.dtype
+        return linear(self.adaLN_modulation, 1).weight.dtype
 
     def forward(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         """tokens (N, T, D); modulation (N, 6, D): shift, scale and gate of the attention, then of the MLP."""
@@ -229,10 +216,50 @@ class Block(nn.Module):
         return tokens + gate_mlp * self.mlp(inputs)
 
 
-@torch.compiler.nested_compile_region
-def run_block(block: Block, tokens: Tensor, modulation: Tensor) -> Tensor:
-    """A block's output. Within torch.compile all blocks share the compilation of one."""
-    return block(tokens, modulation)
+class Blocks(nn.ModuleList):
+    """The transformer blocks in their order."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", super().__iter__())
+
+
+def linear(layers: nn.Sequential, index: int) -> nn.Linear:
+    """A linear layer among others."""
+    return cast(nn.Linear, layers[index])
+
+
+class Attention(nn.Module):
+    """Self-attention of `num_heads` heads. `fused` False: as two plain matrix products."""
+
+    fused = True
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with the tanh form of GELU between them."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
 
 
 class FinalLayer(nn.Module):
@@ -263,7 +290,7 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
         angles = t[:, None].float() * rates
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(linear(self.mlp, 0).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -282,10 +309,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def _gelu_tanh() -> nn.Module:
-    return nn.GELU(approximate="tanh")
-
-
 def sincos_positions(hidden_size: int, height: int, width: int) -> Tensor:
     """Fixed 2-D positions (height*width, hidden_size): the first half of the channels encodes the column,
     the second the row, each as sines then cosines (He et al., MAE, 2022)."""
@@ -294,41 +317,3 @@ def sincos_positions(hidden_size: int, height: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [place.reshape(-1, 1) * rates for place in (columns, rows)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
-
-
-def config_from_state(state: Mapping[str, Tensor], images_in: int = 1) -> dict[str, Any]:
-    """The keyword arguments of a SiT from the shapes in its state dict, for checkpoints that carry none.
-
-    `images_in` is 2 for a velocity refiner. The number of heads leaves no trace in the weights: it is taken
-    from the SiT of the same width. Raises ValueError where that is unknown or keys are missing.
-    """
-    try:
-        hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
-        rows = state["y_embedder.embedding_table.weight"].shape[0]
-        out_channels = state["final_layer.linear.weight"].shape[0] // patch_size**2
-        mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
-    except KeyError as error:
-        raise ValueError(f"not the weights of a SiT: no {error.args[0]}") from None
-    except (IndexError, ValueError, ArithmeticError):
-        raise ValueError("not the weights of a SiT: their shapes are others") from None
-    heads = {w["hidden_size"]: w["num_heads"] for w in _WIDTHS.values()}
-    side = math.isqrt(tokens)
-    if hidden_size not in heads or side * side != tokens:
-        raise ValueError(
-            f"the checkpoint holds no config, and width {hidden_size} with {tokens} tokens is no SiT of the "
-            f"family (widths {', '.join(map(str, heads))}, square inputs)"
-        )
-    in_channels = channels // images_in
-    return {
-        "input_size": side * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        "num_heads": heads[hidden_size],
-        "mlp_ratio": mlp_ratio,
-        "class_dropout_prob": 0.1,  # every public SiT has a null class, the last row
-        "num_classes": rows - 1,
-        "learn_sigma": out_channels == 2 * in_channels,
-    }

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flowturbo.models import SiT
 
+__all__ = ["VelocityRefiner"]
+
 
 class VelocityRefiner(SiT):
     """r(x_t, v, t | y): the offset that turns an earlier velocity v into the velocity at (x_t, t).
@@ -23,11 +25,12 @@ class VelocityRefiner(SiT):
     def __init__(self, *, depth: int = 1, **kwargs):
         super().__init__(depth=depth, **kwargs)
 
-    def forward(self, x: Tensor, t: Tensor, v: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # it sees a velocity too
+        self, x: Tensor, t: Tensor, v: Tensor, y: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
         """Offset Δv with v + Δv ≈ the predictor's velocity at (x, t).
 
         x, v (N, C, H, W); t (N,) in [0, 1]; y (N,) int64; drop (N,) bool, True puts the null class.
         Returns (N, C, H, W). Raises ValueError for an x or v of another shape.
         """
-        patches = self.to_patches(x, "x"), self.to_patches(v, "v")
-        return self.to_images(self.evaluate(self.modulations(t, self._labels(y, drop)), *patches))
+        return self.evaluate((x, v), t, y, drop)

@@ -192,12 +192,13 @@ def class_folder():
 
 @pytest.fixture(scope="session")
 def save_network():
-    """save_network(path, kind, seed, **config) -> path of a checkpoint as train.py writes them, random weights."""
+    """save_network(path, kind, seed, classes, **config) -> path of a checkpoint like train.py's, random weights."""
 
-    def save(path, kind=SiT, seed=1, **config):
+    def save(path, kind=SiT, seed=1, classes=None, **config):
         network = randomised(kind(**{**SMALL, "depth": 1 if kind is VelocityRefiner else 2, **config}), seed)
         model = {"class": kind.__name__, **network.config}
-        torch.save({"ema": network.state_dict(), "step": 1, "config": {"model": model}}, path)
+        names = {} if classes is None else {"classes": classes, "class_counts": [1] * len(classes)}
+        torch.save({"ema": network.state_dict(), "step": 1, "config": {"model": model, **names}}, path)
         return path
 
     return save

@@ -5,26 +5,26 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import demo
-import pipeline
 import train
 from flowturbo.data.folders import ClassFolder
 from flowturbo.data.pictures import to_uint8
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.models import SiT
+from flowturbo.networks.load import load_network
 from flowturbo.transport import FlowTurbo
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    return pipeline.load_network(SiT, str(demo.PREDICTOR))
+    return load_network(SiT, str(demo.PREDICTOR))
 
 
 def test_the_committed_predictor_is_the_small_one_its_flags_make(predictor, tmp_path):
     assert demo.PREDICTOR.stat().st_size < 5e6
     assert 1.0e6 < sum(p.numel() for p in predictor.parameters()) < 1.1e6
-    args = train.parse_args([*demo.PREDICTOR_FLAGS, "--data-path", "digits"])
+    made = train.parse([*demo.PREDICTOR_FLAGS, "--data-path", "digits"]).predictor
     for name in ("hidden_size", "depth", "num_heads", "patch_size", "learn_sigma"):
-        assert predictor.config[name] == getattr(args, name)
+        assert predictor.config[name] == getattr(made, name)
     assert predictor.input_shape == (1, 8, 8)
     assert predictor.num_classes == 10
 
@@ -38,9 +38,7 @@ def test_the_committed_predictor_draws_the_digit_asked_for(predictor):
 
 
 def test_the_flags_of_both_trainings_are_train_pys():
-    assert (
-        train.parse_args([*demo.REFINER_FLAGS, "--data-path", "d", "--model-teacher-ckpt", "p"]).target == "refiner"
-    )
+    assert train.parse([*demo.REFINER_FLAGS, "--data-path", "d", "--model-teacher-ckpt", "p"]).target == "refiner"
 
 
 def test_the_digits_become_a_folder_of_classes(tmp_path):
@@ -102,6 +100,6 @@ def test_the_verdict_says_which_rows_beat_heun_and_which_do_not():
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "thesis.txt").write_text("years")
-    with pytest.raises(ValueError, match="holds something else than a demo: choose another folder"):
+    with pytest.raises(ValueError, match="holds something else than a demo: expected another folder"):
         demo.main(["--out", str(tmp_path)])
     assert (tmp_path / "samples").is_dir()

@@ -11,9 +11,9 @@ import evaluator
 import sample
 import sample_ddp_feature
 import train
+from flowturbo.networks.load import load_network
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.weights.checkpoint import load_checkpoint
-from pipeline import load_network
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_both_models_on_a_two_class_folder_then_samples_and_their_evaluation(two
     assert images[1::2].mean() > images[0::2].mean() + 15
 
     statistics, report = tmp_path / "mine.npz", tmp_path / "report.json"
-    with pytest.raises(ValueError, match="--image-size"):  # the images are of two sizes
+    with pytest.raises(ValueError, match="expected images of one size"):
         evaluator.main(["stats", str(two_classes), "-o", str(statistics), "--extractor", "pixels"])
     evaluator.main(["stats", str(two_classes), "-o", str(statistics), "--extractor", "pixels", "--image-size", "8"])
     evaluator.main([str(statistics), str(made.archive), "--extractor", "pixels", "--json", str(report)])

@@ -7,13 +7,26 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Phil
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def keyed_generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+class Stream(IntEnum):
+    """Independent uses of one (seed, index): every stream of the keyed generator. The numbers are for ever."""
+
+    NOISE = 0  # sampling, by sample: the state at t = 0
+    SDE = 1  # sampling, by sample: the noise of step k is stream SDE + k
+    LABEL = 2**63  # sampling, by sample: its class
+
+    TRAINING = 0  # training, by sample: flip, times, label drop, noise, in this order
+    ORDER = 1  # training, by pass over the data: the order of the images
+    SUBSET = 2  # training, by class: which images are taken
+
+
+def keyed_generator(seed: int, index: int, stream: int = Stream.NOISE) -> np.random.Generator:
     """The generator of sample `index` under `seed`; `stream` separates independent uses of one index.
 
     Any integers in [0, 2^64). Raises ValueError outside.
@@ -26,7 +39,7 @@ def keyed_generator(seed: int, index: int, stream: int = 0) -> np.random.Generat
     )
 
 
-def keyed_noise(seed: int, indices: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
+def keyed_noise(seed: int, indices: Sequence[int], shape: Sequence[int], stream: int = Stream.NOISE) -> Tensor:
     """Standard normal noise (len(indices), *shape), float32 on the CPU, row k from (seed, indices[k])."""
     rows = [keyed_generator(seed, i, stream).standard_normal(tuple(shape), dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowturbo.evaluation.feature_set import FeatureSet
+from flowturbo.evaluation.features import FeatureSet
 from flowturbo.evaluation.metrics import (
     covariance_root,
     frechet_distance,
@@ -98,6 +98,20 @@ def _frechet(
     """The distance from stored moments, and its spread over moments recomputed from resampled features."""
     if reference is None or samples is None:
         return Measurement(reason=f"no such statistics on {_lacking(reference, samples)}")
+    try:
+        values = _distances(reference, samples, features, bootstrap, seed, device)
+    except torch.linalg.LinAlgError:  # products of huge numbers overflow
+        return Measurement(reason="it is not finite on these statistics")
+    measured = _measured(values)
+    if features is None and bootstrap and measured.value is not None:
+        return measured._replace(reason="no standard error: the sample file keeps no such features")
+    return measured
+
+
+def _distances(
+    reference: Gaussian, samples: Gaussian, features: Tensor | None, bootstrap: int, seed: int, device: torch.device
+) -> Tensor:
+    """The distance of the samples, then those of the resamples, where the features for them are there."""
     mean, covariance = (moment.to(device) for moment in reference)
     root = covariance_root(covariance)
 
@@ -107,13 +121,12 @@ def _frechet(
 
     distances = [distance(samples)]
     if features is None:
-        reason = "no standard error: the sample file keeps no such features" if bootstrap else None
-        return Measurement(distances[0], reason=reason)
+        return torch.tensor(distances, dtype=torch.float64)
     for counts in resample_counts(len(features), bootstrap, seed)[1:]:
         statistics = GaussianStatistics(features.shape[1], device)
         statistics.update(features, counts)
         distances.append(distance(statistics.gaussian()))
-    return _measured(torch.tensor(distances, dtype=torch.float64))
+    return torch.tensor(distances, dtype=torch.float64)
 
 
 def _measured(values: Tensor) -> Measurement:

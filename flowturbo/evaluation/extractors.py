@@ -17,14 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowturbo.evaluation.precision import full_precision
+from flowturbo.system.files import sha256
+from flowturbo.weights.cache import find_asset, is_offline, locate
+from flowturbo.weights.fetch import fetch
+from flowturbo.weights.registry import ASSETS
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = ASSETS["inception"].files[0]
+INCEPTION_SHA256 = str(INCEPTION_FILE.sha256)
 INCEPTION_IDENTITY = f"inception {INCEPTION_SHA256[:8]}"
 INCEPTION_VARIABLE = "FLOWTURBO_INCEPTION_WEIGHTS"
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"
+
+
+class MissingExtractorWeights(ValueError):
+    """The weights of a feature extractor are not here, or not what they should be.
+
+    `asset` is their registered name, where they have one.
+    """
+
+    def __init__(self, message: str, asset: str | None = None):
+        super().__init__(message)
+        self.asset = asset
 
 
 class Features(NamedTuple):
@@ -65,28 +78,26 @@ class PixelExtractor:
 class InceptionExtractor:
     """The Inception-v3 of the original FID: pool (N, 2048), spatial (N, 2023), logits (N, 1008) without bias.
 
-    torch-fidelity's port of the TensorFlow graph, with its TF1 resize. Weights: the file given, else the one
-    named by $FLOWTURBO_INCEPTION_WEIGHTS, else torch.hub's cache, downloading 91 MiB where that is empty.
-    ValueError when there are none or their sha256 is another. Spatial features are the first 7 channels of
-    `mixed_6/conv`, flattened as (17, 17, 7), like the ADM suite's.
+    torch-fidelity's port of the TensorFlow graph, with its TF1 resize. Raises MissingExtractorWeights where the file
+    has another sha256. Spatial features are the first 7 channels of `mixed_6/conv`, flattened as (17, 17, 7), like the
+    ADM suite's.
     """
 
     def __init__(
         self,
-        weights: str | os.PathLike[str] | None = None,
+        weights: str | os.PathLike[str],
         device: torch.device | str = "cpu",
         expected_sha256: str = INCEPTION_SHA256,
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = _inception_weights(weights)
-        digest = _file_sha256(path)
+        path, digest = os.fspath(weights), sha256(weights)
         if digest != expected_sha256:  # before loading: torch-fidelity unpickles the file
-            raise ValueError(f"{path}: sha256 {digest}, expected {expected_sha256}; fetch it from {INCEPTION_URL}")
+            raise MissingExtractorWeights(f"{path}: sha256 {digest}, expected {expected_sha256}", "inception")
         self.identity = f"inception {digest[:8]}"
         self.device = device
         self._network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
         ).to(device)
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -106,21 +117,19 @@ class DINOv2Extractor:
     """DINOv2 ViT-L/14 class tokens (N, 1024) through timm: 224 px bicubic antialiased, ImageNet mean and std.
 
     The features of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675). Weights: a file that timm reads, else
-    timm's download. ValueError when they cannot be had.
+    timm's download. Raises MissingExtractorWeights when they cannot be had.
     """
 
     def __init__(self, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu") -> None:
+        if is_offline():
+            os.environ["HF_HUB_OFFLINE"] = "1"  # timm's network; read where huggingface_hub is imported
         import timm
 
         source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
         try:
-            self._network: Any = timm.create_model(
-                DINOV2_MODEL, pretrained=True, num_classes=0, img_size=224, **source
-            )
+            self._network: Any = timm.create_model(DINOV2_MODEL, pretrained=True, num_classes=0, img_size=224, **source)
         except Exception as error:  # the hub's client raises its own and its transport's types
-            raise ValueError(
-                f"no weights for {DINOV2_MODEL} ({error}): download them elsewhere and pass --weights FILE"
-            ) from error
+            raise MissingExtractorWeights(f"no weights for {DINOV2_MODEL} ({error})") from error
         self._network.to(device).eval()
         self.device = device
         self.identity = f"dinov2 {_state_sha256(self._network)[:8]}"
@@ -138,13 +147,13 @@ class DINOv2Extractor:
 class TorchScriptExtractor:
     """A TorchScript module that maps uint8 images (N, 3, H, W) to features (N, D).
 
-    ValueError, naming the file, when it is no such module.
+    Loading it runs what is in it. ValueError, naming the file, when it is no such module.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         self.path = Path(path)
         self.device = device
-        self.identity = f"torchscript {_file_sha256(self.path)[:8]}"
+        self.identity = f"torchscript {sha256(self.path)[:8]}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # TorchScript is frozen, not gone
@@ -167,16 +176,23 @@ class TorchScriptExtractor:
         return Features(features.float())
 
 
-def make_extractor(
+def load_extractor(
     name: str, device: torch.device | str = "cpu", weights: str | os.PathLike[str] | None = None
 ) -> Extractor:
-    """The extractor called inception, pixels or dinov2, or a TorchScript file; ValueError when there is none."""
+    """The extractor called inception, pixels or dinov2, or a TorchScript file, which is a program: run your own only.
+
+    Inception's weights are the file given, else the one that $FLOWTURBO_INCEPTION_WEIGHTS names, else that among the
+    downloads or in torch.hub's cache, else they are downloaded. Raises MissingExtractorWeights where none can be had,
+    ValueError for another name.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise MissingExtractorWeights(f"{os.fspath(weights)}: no such file", find_asset(name))
     if name == "inception":
-        return InceptionExtractor(weights, device)
+        return InceptionExtractor(weights or find_inception(), device)
     if name == "dinov2":
         return DINOv2Extractor(weights, device)
     if weights is not None:
-        raise ValueError(f"--weights belongs to inception and dinov2, not to {name}")
+        raise ValueError(f"weights are for inception and dinov2, not for {name}")
     if name == "pixels":
         return PixelExtractor(device)
     if not Path(name).is_file():
@@ -184,36 +200,19 @@ def make_extractor(
     return TorchScriptExtractor(name, device)
 
 
+def find_inception() -> Path:
+    """Inception's weights where none are named: see `load_extractor`."""
+    if named := os.environ.get(INCEPTION_VARIABLE):
+        if not Path(named).is_file():
+            raise MissingExtractorWeights(f"{named}, which {INCEPTION_VARIABLE} names: no such file", "inception")
+        return Path(named)
+    hub = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE.path)  # earlier versions downloaded to there
+    return locate(INCEPTION_FILE.path) or (hub if hub.is_file() else fetch("inception"))
+
+
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
-
-
-def _inception_weights(weights: str | os.PathLike[str] | None) -> Path:
-    named = weights or os.environ.get(INCEPTION_VARIABLE)
-    path = Path(named) if named else Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
-    if path.is_file():
-        return path
-    advice = (
-        f"run `python download.py inception`, or download {INCEPTION_URL} and pass --weights FILE "
-        f"or set {INCEPTION_VARIABLE}"
-    )
-    if named:
-        raise ValueError(f"{path}: no such file; {advice}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: no Inception weights, and no download ({error}); {advice}") from error
-    return path
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _state_sha256(network: nn.Module) -> str:

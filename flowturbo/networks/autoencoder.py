@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowturbo.weights.fetch import hint, is_offline, locate
+from flowturbo.weights.cache import MissingWeights, is_offline, locate
 
 ALIASES = {
     "vae-ema": "stabilityai/sd-vae-ft-ema",
@@ -89,7 +89,7 @@ def load_autoencoder(
 ) -> Autoencoder | NoAutoencoder:
     """The autoencoder called `name`: an alias ("vae-ema", "vae-mse"), a local folder, a hub id, or "none".
 
-    Raises ValueError naming the source where it cannot be loaded.
+    Raises MissingWeights where it is neither here nor can be fetched, ValueError naming one that cannot be loaded.
     """
     if name == "none":
         return NoAutoencoder()
@@ -111,9 +111,9 @@ def load_autoencoder(
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"cannot load autoencoder {source}: {reason}") from None
-        raise ValueError(
-            f"autoencoder {source} is not in the hub's local cache and could not be fetched: "
-            + (f"get it with {hint(name)}, or " if hint(name) else "")
-            + "pass the folder of a downloaded AutoencoderKL (config.json and weights) with --vae-ckpt"
+        raise MissingWeights(
+            {"vae_ckpt": name},
+            f"autoencoder {source} is not in the hub's local cache and could not be fetched; a local one is the folder "
+            "of an AutoencoderKL with config.json and weights",
         ) from None
     return Autoencoder(network).to(device)

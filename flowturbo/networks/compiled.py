@@ -1,7 +1,7 @@
 """Sample-aware compilation: whole sampling blocks as static graphs.
 
-The graph of a block holds its network evaluations, guidance and solver update, in the space of patches. What depends
-on time and class alone is computed for the whole trajectory beforehand and handed in; times and guidance scale are
+The graph of a block holds its network evaluations, guidance and the move, in the space of patches. What depends on
+time and class alone is computed for the whole trajectory beforehand and handed in; weights and guidance scale are
 tensors. So one graph for each letter serves every step and every scale, and all share one set of weights.
 
 Source: FlowTurbo, section 3.4 ("sample-aware compilation").
@@ -12,20 +12,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
-from flowturbo.transport.guidance import Guidance, guide
-from flowturbo.transport.integrators import Step, match_rows, take_step
-
-Decode = Callable[[Tensor], Tensor]
+from flowturbo.models import RunBlock, SiT, run_block
+from flowturbo.transport.blocks import Block, State, take_step
+from flowturbo.transport.branches import Branches, Guided
+from flowturbo.transport.samplers import FlowTurbo
 
 
 class PatchNetwork(Protocol):
     """What a network offers to be compiled, as SiT and VelocityRefiner do."""
+
+    blocks: Any
 
     @property
     def null_class(self) -> int: ...
@@ -36,130 +38,169 @@ class PatchNetwork(Protocol):
 
     def modulations(self, t: Tensor, labels: Tensor) -> Tensor: ...
 
-    def evaluate(self, modulations: Tensor, *patches: Tensor) -> Tensor: ...
+    def embed(self, *patches: Tensor) -> Tensor: ...
+
+    def transform(self, tokens: Tensor, modulations: Tensor, run: RunBlock) -> Tensor: ...
 
 
-class Instant(NamedTuple):
-    """A time, and each network's conditioning at it: a row for every image, one more for the null class if guided."""
+class StaticGraphs:
+    """The engine of a FlowTurbo whose blocks are static graphs; on CUDA the whole trajectory of a batch shape is
+    recorded as one graph, decoding included.
 
-    t: Tensor
-    predictor: Tensor
-    refiner: Tensor | None
-
-    def __sub__(self, other: Instant) -> Tensor:
-        return self.t - other.t
-
-
-def block_step(
-    block: str,
-    refiner_form: str,
-    channels: int | str,
-    predictor: PatchNetwork,
-    refiner: PatchNetwork | None,
-    x: Tensor,
-    v: Tensor | None,
-    t0: Instant,
-    t1: Instant,
-    scale: Tensor,
-) -> Step:
-    """One block of a schedule on x and v in patches (N or 2N, T, p*p, C): the function that is compiled."""
-
-    def guided(network: PatchNetwork, conditioning: Tensor, *patches: Tensor) -> Tensor:
-        rows = len(patches[0])
-        if len(conditioning) == rows:
-            return network.evaluate(conditioning, *patches).to(x.dtype).contiguous()
-        null = conditioning[rows:].expand(rows, *conditioning.shape[1:])
-        both = network.evaluate(torch.cat([conditioning[:rows], null]), *patches).to(x.dtype)
-        return guide(both, scale, channels, dim=-1)
-
-    def velocity(x: Tensor, t: Instant) -> Tensor:
-        return guided(predictor, t.predictor, x)
-
-    def offset(x: Tensor, t: Instant, v: Tensor) -> Tensor:
-        assert refiner is not None
-        assert t.refiner is not None
-        branches = 1 if len(t.refiner) == len(x) else 2
-        return guided(refiner, t.refiner, x, match_rows(v, branches * len(x)))
-
-    return take_step(block, velocity, offset, x, t0, t1, v, refiner_form)
-
-
-class CompiledTrajectory:
-    """The blocks of a schedule as static graphs; on CUDA a batch shape's whole trajectory is recorded as one graph.
-
-    Arguments as FlowTurbo's, `times` being floats. Raises ValueError for networks that are no PatchNetwork.
+    The first batch of a shape takes longer. Raises ValueError for networks that are no PatchNetwork, and when it
+    samples where this machine cannot compile.
     """
 
-    def __init__(
-        self,
-        predictor: Any,
-        refiner: Any,
-        blocks: str,
-        times: Sequence[float],
-        guidance: Guidance,
-        refiner_form: str,
-        decode: Decode | None = None,
-    ):
-        for network in (predictor, refiner):
-            if network is not None and not hasattr(network, "evaluate"):
+    def __init__(self, sampler: FlowTurbo):
+        self.sampler = sampler
+        uses_refiner = sampler.schedule.has_refiner
+        self.networks: dict[str, Any] = {"predictor": sampler.predictor}
+        if uses_refiner:
+            self.networks["refiner"] = sampler.refiner
+        for network in self.networks.values():
+            if not hasattr(network, "embed"):
                 raise ValueError(f"{type(network).__name__} cannot be compiled: expected a SiT or a VelocityRefiner")
-        self.predictor, self.refiner = predictor, refiner if "R" in blocks else None
-        # A leading P evaluates the velocity that it finds missing: it is Heun's step.
-        self.blocks = "H" + blocks[1:] if blocks[0] == "P" else blocks
-        self.times, self.guidance, self.refiner_form, self.decode = list(times), guidance, refiner_form, decode
+        self.run = {name: runner(network) for name, network in self.networks.items()}
         self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
         self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
+        self._numbers: dict[torch.device, tuple[list[list[list[Tensor | None]]], Tensor]] = {}
 
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
-        """Latents, or what `decode` makes of them, from noise z (N, C, H, W) and labels y (N,).
-
-        Raises ValueError where this machine cannot compile.
-        """
-        inputs = (z, y, *self._numbers(z))
+        """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
+        self._tensors(z.device)
         if not (z.is_cuda and self.recording):
-            return self._sample(*inputs)
+            return self._sample(z, y)
         key = (z.shape, z.dtype, z.device)
         with torch.cuda.device(z.device):
             if key not in self.recordings:
-                self.recordings[key] = record(self._sample, inputs)
-            return self.recordings[key](*inputs)
+                self.recordings[key] = record(self._sample, (z, y))
+            return self.recordings[key](z, y)
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[Step]:
-        """The Step after each block, as images."""
-        to_images = self.predictor.to_images
-        for x, v in self._steps(z, y, *self._numbers(z)):
-            yield Step(to_images(x), None if v is None else to_images(v))
+    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+        """The State after each step, as images."""
+        to_images = self.sampler.predictor.to_images  # type: ignore[attr-defined]
+        for x, velocities in self._steps(z, y):
+            yield State(to_images(x), tuple(map(to_images, velocities)))
 
-    def _numbers(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Times and guidance scale as tensors on z's device."""
-        return torch.tensor(self.times, dtype=torch.float64).to(z.device), torch.tensor(self.guidance.scale).to(z)
+    def _sample(self, z: Tensor, y: Tensor) -> Tensor:
+        for state in self._steps(z, y):
+            final = state.x
+        latents = self.networks["predictor"].to_images(final)
+        return latents if self.sampler.decode is None else self.sampler.decode(latents)
 
-    def _sample(self, z: Tensor, y: Tensor, times: Tensor, scale: Tensor) -> Tensor:
-        for x, _ in self._steps(z, y, times, scale):
-            final = x
-        latents = self.predictor.to_images(final)
-        return latents if self.decode is None else self.decode(latents)
-
-    def _steps(self, z: Tensor, y: Tensor, times: Tensor, scale: Tensor) -> Iterator[Step]:
-        """The Step after each block, in patches."""
-        of_predictor = self._conditioning(self.predictor, times, y)
-        of_refiner = [None] * len(times) if self.refiner is None else self._conditioning(self.refiner, times, y)
-        instants = list(map(Instant, times, of_predictor, of_refiner))
-        settings = (self.refiner_form, self.guidance.channels, self.predictor, self.refiner)
-        x, v = self.predictor.to_patches(z), None
-        for block, t0, t1 in zip(self.blocks, instants[:-1], instants[1:], strict=True):
+    def _steps(self, z: Tensor, y: Tensor) -> Iterator[State]:
+        """The State after each step, in patches."""
+        weights, scale = self._tensors(z.device)
+        channels = self.sampler.guidance.channels
+        conditioning = {name: self._conditioning(name, y) for name in self.networks}
+        state = State(self.networks["predictor"].to_patches(z), ())
+        for step, rows in zip(self.sampler.steps, weights, strict=True):
+            handed = [state.velocities[k] for k in step.takes]
+            given = [conditioning[stage.network][t] for stage, t in zip(step.block.stages, step.times)]
+            # A block gets the networks that it evaluates: its graph does not depend on whether there are others.
+            names = sorted({stage.network for stage in step.block.stages})
+            used = {name: (self.networks[name], self.run[name]) for name in names}
             with graph_limits(), compiler_errors():
-                x, v = self.step(block, *settings, x, v, t0, t1, scale)
-            yield Step(x, v)
+                x, new = self.step(step.block, used, channels, state.x, handed, given, rows, scale)
+            at_hand = (*state.velocities, *new)
+            state = State(x, tuple(at_hand[k] for k in step.keeps))
+            yield state
 
-    def _conditioning(self, network: PatchNetwork, times: Tensor, y: Tensor) -> list[Tensor]:
-        """The network's modulations at every time, as Instant has them, all computed in one go."""
-        guided = [self.guidance.active(t) for t in self.times]
-        labels = torch.cat([y, y.new_full((1,), network.null_class)]) if any(guided) else y
-        t = times.float()[:, None].expand(-1, len(labels))
+    def _tensors(self, device: torch.device) -> tuple[list[list[list[Tensor | None]]], Tensor]:
+        """The weights of all steps and the guidance scale on a device, made once: a recording keeps reading them."""
+        if device not in self._numbers:
+
+            def number(value: float | None) -> Tensor | None:
+                return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
+
+            weights = [[list(map(number, row)) for row in step.weights] for step in self.sampler.steps]
+            with torch.inference_mode(False):
+                self._numbers[device] = weights, torch.tensor(self.sampler.guidance.scale, device=device)
+        return self._numbers[device]
+
+    def _conditioning(self, name: str, y: Tensor) -> dict[float, Tensor]:
+        """A network's modulations at each time that it is evaluated at, all computed in one go: a row for every
+        image, and where guided one more for the null class."""
+        times = {
+            t: self.sampler.guidance.active(t)
+            for step in self.sampler.steps
+            for stage, t in zip(step.block.stages, step.times)
+            if stage.network == name
+        }
+        network = self.networks[name]
+        labels = torch.cat([y, y.new_full((1,), network.null_class)]) if any(times.values()) else y
+        # Filled on the device: a copy from the host would wait for it, and cannot be recorded.
+        t = torch.stack([torch.full((len(labels),), t, device=y.device) for t in times])
         table = network.modulations(t.flatten(), labels.repeat(len(times))).unflatten(0, t.shape)
-        return [rows if both else rows[: len(y)] for rows, both in zip(table, guided, strict=True)]
+        return {t: rows if both else rows[: len(y)] for (t, both), rows in zip(times.items(), table, strict=True)}
+
+
+def block_step(
+    block: Block,
+    networks: dict[str, tuple[PatchNetwork, RunBlock]],
+    channels: int | str,
+    x: Tensor,
+    handed: list[Tensor],
+    conditioning: list[Tensor],
+    weights: list[list[Tensor | None]],
+    scale: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """One step on states in patches (N, T, p*p, C): the function that is compiled.
+
+    `networks` are those that the block evaluates, and how the blocks of each are run. `conditioning`, in place of the
+    time of each evaluation, has N rows, or where guided one more.
+    """
+    rows = len(x)
+    branches = {name: patch_branches(*network) for name, network in networks.items()}
+    guided = Guided(branches, lambda given: len(given) > rows, scale, channels, dim=-1)
+    return take_step(block, weights, conditioning, x, handed, guided.velocity, guided.refine)
+
+
+def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:
+    """The branches of a network in the space of patches, its conditioning in place of the time."""
+
+    def branches(x: Tensor, t: Tensor, *velocities: Tensor, null: bool) -> Tensor:
+        conditioning, rows = t, len(x)
+        if not null:
+            return network.transform(network.embed(x, *velocities), conditioning, run).contiguous()
+        conditioning = torch.cat([conditioning[:rows], conditioning[rows:].expand(rows, *conditioning.shape[1:])])
+        if velocities:
+            tokens = network.embed(torch.cat([x, x]), *velocities)
+        else:  # both branches start from one state: it is embedded once
+            tokens = network.embed(x)
+            tokens = torch.cat([tokens, tokens])
+        return network.transform(tokens, conditioning, run)
+
+    return branches
+
+
+@torch.compiler.nested_compile_region
+def run_as_region(block: Any, tokens: Tensor, modulation: Tensor) -> Tensor:
+    """A block's output. Within torch.compile all blocks share the compilation of one."""
+    return block(tokens, modulation)
+
+
+def runner(network: PatchNetwork) -> RunBlock:
+    """How a network's blocks are run in a graph: by regions, but for quantised weights, which regions do not know."""
+    weights = network.blocks[0].mlp.fc1.weight
+    return run_as_region if type(weights.data) is Tensor else run_block
+
+
+def static_graph(network: SiT) -> Callable[..., Tensor]:
+    """A network's forward as a static graph, for training; the network itself stays as it is.
+
+    Raises ValueError, when called, where this machine cannot compile.
+    """
+    images_in, run = network.images_in, runner(network)
+    graph: Callable[..., Tensor] = torch.compile(network.evaluate, fullgraph=True, dynamic=False)
+
+    def call(x: Tensor, t: Tensor, *rest: Any) -> Tensor:
+        velocities, conditions = rest[: images_in - 1], rest[images_in - 1 :]
+        with graph_limits(), compiler_errors():
+            return graph((x, *velocities), t, *conditions, run=run)
+
+    return call
 
 
 def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
@@ -199,18 +240,21 @@ def graph_limits() -> AbstractContextManager:
     return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=2048)
 
 
+class CannotCompile(ValueError):
+    """This machine has no working compiler."""
+
+
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Raises ValueError in place of what torch.compile raises where the machine has no working compiler."""
+    """Raises CannotCompile in place of what torch.compile raises where the machine has no working compiler."""
     try:
         yield
     except torch._dynamo.exc.ShortenTraceback as error:  # BackendCompilerFailed, or Inductor's own for want of Triton
         cause = getattr(error, "inner_exception", error)
         lines = said(cause)
         reason = next((line for line in lines if "error: " in line), lines[0])  # a C++ compiler's own words
-        raise ValueError(
-            f"this machine cannot compile (a C++ compiler on CPU, Triton on CUDA are needed): {reason}; "
-            "go on without --compile"
+        raise CannotCompile(
+            f"this machine cannot compile (a C++ compiler on CPU, Triton on CUDA are needed): {reason}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flowturbo.system.claims import OtherSettings, check_same, read_record, write_record
 from flowturbo.system.files import atomic_write, remove_leftovers, sha256
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # archives of equal content are equal byte for byte
@@ -30,6 +31,7 @@ class SampleFolder:
         self.folder, self.count, self.batch = Path(folder), count, batch
         self.archive = self.folder.with_name(self.folder.name + ".npz")
         self.features = self.folder.with_name(self.folder.name + "-features.npz")
+        self.record = self.folder / "settings.json"
         self.batches = -(-count // batch)
 
     def numbers(self, k: int) -> range:
@@ -40,47 +42,46 @@ class SampleFolder:
         """How many of micro-batch k's samples belong to the run."""
         return min(self.batch, self.count - k * self.batch)
 
-    def claim(self, settings: Mapping[str, Any]) -> bool:
-        """Make the folder for these settings (JSON types), or go on with one made for the same.
+    def is_complete(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it was made with these settings (JSON types), and its outputs are there as they were recorded.
 
-        Returns whether the run is complete: its outputs are there and their digests are the recorded ones.
-        Raises ValueError naming the first difference where the folder was made with other settings.
+        Writes nothing. Raises OtherSettings naming the first difference where the folder was made with other
+        settings or holds something else, or its record is damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
-        record = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        for output in (self.archive, self.features):
-            for leftover in output.parent.glob(f".{glob.escape(output.name)}.*"):
-                leftover.unlink(missing_ok=True)
-        if not record.exists():
+        found = read_record(self.record)
+        if found is None:
             for path in (self.archive, self.features, *self.folder.glob("[!.]*")):
                 if path.exists():
-                    raise ValueError(f"{path} is there and not of this run: choose another --tag or remove it")
-            with atomic_write(record) as file:
-                file.write(json.dumps({"settings": settings}, indent=2).encode())
+                    raise OtherSettings(f"{path} is there and not of this run")
             return False
-        try:
-            found = json.loads(record.read_text())
-            before, digests = dict(found["settings"]), dict(found.get("outputs", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{record} is damaged; remove the folder or choose another --tag") from None
-        for name in sorted(before.keys() | settings.keys()):
-            if before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"folder {os.fspath(self.folder)!r} was made with {name} {before.get(name)!r}, not "
-                    f"{settings.get(name)!r}: choose another --tag or remove it"
-                )
+        before, digests = found.get("settings"), found.get("outputs", {})
+        if not isinstance(before, dict) or not isinstance(digests, dict):
+            raise OtherSettings(f"{self.record} is damaged")
+        check_same(f"folder {os.fspath(self.folder)!r}", before, json.loads(json.dumps(settings)))
         return bool(digests) and all(
             os.path.isfile(self.folder.parent / name) and sha256(self.folder.parent / name) == digest
             for name, digest in digests.items()
         )
 
+    def claim(self, settings: Mapping[str, Any]) -> bool:
+        """Make the folder for these settings, or go on with one made for the same; whether it is complete.
+
+        Raises as `is_complete`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        for output in (self.archive, self.features):
+            for leftover in output.parent.glob(f".{glob.escape(output.name)}.*"):
+                leftover.unlink(missing_ok=True)
+        complete = self.is_complete(settings)
+        if not self.record.exists():
+            write_record(self.record, {"settings": settings})
+        return complete
+
     def complete(self, settings: Mapping[str, Any], outputs: Iterable[Path]) -> None:
         """Record the outputs' digests, then drop the micro-batch files."""
         digests = {os.fspath(path.relative_to(self.folder.parent)): sha256(path) for path in outputs}
-        with atomic_write(self.folder / "settings.json") as file:
-            file.write(json.dumps({"settings": settings, "outputs": digests}, indent=2).encode())
+        write_record(self.record, {"settings": settings, "outputs": digests})
         for k in range(self.batches):
             self._path(k).unlink(missing_ok=True)
 
@@ -126,7 +127,7 @@ class SampleFolder:
         """Micro-batch k's arrays. Raises OSError where its file is missing or damaged."""
         arrays = self.read(k)
         if arrays is None:
-            raise OSError(f"{self._path(k)} is missing or damaged; run the same command again to redo it")
+            raise OSError(f"{self._path(k)} is missing or damaged; sampling again redoes it")
         return arrays
 
     def _path(self, k: int) -> Path:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowturbo.system.advice import advice_for
+from flowturbo.system.options import add_flags, read_flags
+
+MISTAKES = (ValueError, OSError, FloatingPointError)  # what run_script tells in one line
+SPELLING = "Every flag may be spelled with - or _."
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the line breaks of descriptions and epilogues."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # A default of None or False tells the reader nothing.
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == ():  # it tells the reader nothing
             return action.help
         return super()._get_help_string(action)
 
@@ -33,18 +41,25 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """A titled group of flags in the help."""
+        return self.add_argument_group(title)
 
-def new_parser(description: str, epilog: str | None = None) -> Parser:
+
+def new_parser(description: str | None, epilog: str | None = SPELLING) -> Parser:
     """A parser that refuses abbreviations, so that a mistyped flag never passes for another."""
-    return Parser(description=description, epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
+    return Parser(description=(description or "").strip(), epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
 
 
-def seed(text: str) -> int:
-    """An argument type: an integer in [0, 2^64), the keys of the random generator."""
-    value = int(text)
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{text} must lie in 0 to 2^64 - 1")
-    return value
+def parse(parser: Parser, argv: Sequence[str] | None, kinds: Mapping[str, type], **defaults: Any) -> list[Any]:
+    """Parse a command line, once, into options dataclasses: one for each group of flags, by its title in the help.
+
+    `defaults` replace those of fields. Raises what the dataclasses raise.
+    """
+    for title, kind in kinds.items():
+        add_flags(parser.group(title), kind, **defaults)
+    arguments = parser.parse_args(hyphenate(argv))
+    return [read_flags(kind, arguments) for kind in kinds.values()]
 
 
 def hyphenate(argv: Sequence[str] | None) -> list[str]:
@@ -70,19 +85,48 @@ def run_script(main: Callable[[], object]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("FLOWTURBO_TRACEBACK"):
-            raise
-        rank = int(os.environ.get("RANK", "0"))
-        # A mistake that every rank meets is told once: rank 0's exit makes torchrun end the others.
-        time.sleep(4 if isinstance(error, Aftermath) else 2 if rank else 0)
-        message = str(error) if isinstance(error, Advice) else one_line(error)
-        who = f"[rank {rank}] " if rank else ""
-        print(f"{who}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    except Exception as error:
+        if not isinstance(error, MISTAKES) or os.environ.get("FLOWTURBO_TRACEBACK"):
+            sys.excepthook(*sys.exc_info())
+            _exit(1)
+        message = one_line(error) + advice_for(error)
+        with first_to_tell(message) as first:
+            if first:
+                print(f"{_who()}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
         _exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         _exit(130)
+
+
+def _who() -> str:
+    rank = int(os.environ.get("RANK", "0"))
+    return f"[rank {rank}] " if rank else ""
+
+
+@contextmanager
+def first_to_tell(message: str) -> Iterator[bool]:
+    """Whether no other rank of this machine has told the same: a mistake that every rank meets is told once.
+
+    It counts as told when the block ends. torchrun gives its ranks a folder for their errors, and removes it at the
+    end; without torchrun there is one rank.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        yield True
+        return
+    told = Path(file).parent.parent / f"told-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    with ExitStack() as held:
+        record = None
+        with suppress(OSError):  # told twice is better than not at all
+            record = held.enter_context(open(told, "a"))
+            # Others wait here until it is told. torchrun may end this rank before that: then its lock falls, and the
+            # next rank tells.
+            fcntl.flock(record, fcntl.LOCK_EX)
+        first = record is None or os.fstat(record.fileno()).st_size == 0
+        yield first
+        if first and record is not None:
+            record.write("told")
 
 
 def _exit(code: int) -> NoReturn:
@@ -90,14 +134,6 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class Advice(ValueError):
-    """A user's mistake whose message is printed as it stands, on the lines it has."""
-
-
-class Aftermath(OSError):
-    """An error that comes of another rank's end: told after what that one has to say."""
 
 
 def one_line(error: BaseException) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
+import pickle
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 from flowturbo.system import cli
 
 Value = TypeVar("Value")
+CLOSED = ("Connection closed", "Connection reset", "Broken pipe", "ncclRemoteError")  # another process has ended
 
 
 @dataclass(frozen=True)
@@ -52,37 +53,47 @@ class World:
         return value
 
     def agree(self, function: Callable[[], Value]) -> Value:
-        """What rank 0's call of the function returns, on every rank; where it raises, every rank stops.
+        """What rank 0's call of the function returns, on every rank; where it raises, every rank raises.
 
-        The error is raised on rank 0 alone, so that it is told once; the others leave with exit code 2.
+        Mistakes (`cli.MISTAKES`) are raised alike on every rank, so that `cli.run_script` tells them once. For a
+        defect of ours the others raise OSError.
         """
         if self.size == 1:
             return function()
-        box: list[Any] = [None, None]
-        failure = None
+        outcome: list[Any] = [None, None]  # value, error
+        cause: Exception | None = None
         if self.is_main:
             try:
-                box[0] = function()
+                outcome[0] = function()
             except Exception as error:
-                failure, box[1] = error, str(error)
+                cause, outcome[1] = error, _portable(error)
         with _together():
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        if failure is not None:
-            raise failure
-        if box[1] is not None:
-            time.sleep(2)  # rank 0 tells the error first; torchrun ends all at the first exit
-            sys.exit(2)
-        return box[0]
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is None:
+            return outcome[0]
+        with suppress(RuntimeError):
+            dist.barrier()  # no rank ends while another has not heard why
+        raise cause or outcome[1]
+
+
+def _portable(error: Exception) -> Exception:
+    """What the other ranks raise: the same mistake where pickling keeps it, else one with its message."""
+    if not isinstance(error, cli.MISTAKES):
+        return OSError(f"rank 0 failed: {type(error).__name__}")
+    with suppress(Exception):
+        again = pickle.loads(pickle.dumps(error))
+        if str(again) == str(error):
+            return error
+    return ValueError(cli.one_line(error))
 
 
 @contextmanager
 def world(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join torchrun's process group, or be a world of one; leaves it at the end.
 
-    `device` is "auto" (CUDA where there is one), "cuda" or "cpu", or "cuda:K" for a world of one. Under torchrun
-    the CUDA device is the local rank; the backend is NCCL on CUDA and gloo on the CPU. `timeout` is how long a
-    rank may wait for the others; one that dies ends all at once anyway, by torchrun's hand.
-    Raises ValueError for a device that is not there.
+    `device` is one of `pick_device`'s. Under torchrun the CUDA device is the local rank; the backend is NCCL on CUDA
+    and gloo on the CPU. `timeout` is how long a rank may wait for the others; one that ends early ends all, by
+    torchrun's hand. Raises ValueError for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -96,39 +107,47 @@ def world(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> I
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield World(rank, local_rank, size, place)
-    finally:
+    except Exception:
+        raise  # with the group as it is: leaving it would tell the others of the end before its cause is told
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+class LostRanks(OSError):
+    """A collective failed, nearly always since another rank has ended."""
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What the backend raises in a collective, as the end of another rank that it nearly always is."""
+    """Turns what the backend raises in a collective into LostRanks."""
     try:
         yield
     except RuntimeError as error:
-        reason = cli.one_line(error)[:200]
-        raise cli.Aftermath(
-            f"lost the other ranks, one of which has ended: its message tells why ({reason})"
-        ) from error
+        reason = cli.one_line(error)
+        if any(sign in reason for sign in CLOSED):  # which names a port and no cause
+            reason = "one has ended; its own message, or torchrun's report, tells why"
+        raise LostRanks(f"lost the other ranks: {reason[:200]}") from error
 
 
 def pick_device(device: str, local_rank: int | None = None) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda", "cuda:K", "mps"; with a local rank, CUDA's index is that.
+    """The torch device for "auto", "cpu", "cuda", "cuda:K" or "mps".
 
-    Raises ValueError where the device is not there.
+    "auto" is CUDA where there is one, else the CPU. With a local rank, CUDA's index is that. Raises ValueError for
+    another name, and where the device is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda or cuda:K") from None
-    if place.type != "cuda":
-        if place.type == "mps" and not torch.backends.mps.is_available():
-            raise ValueError("device mps is not available here")
-        return place
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", device):
+        raise ValueError(f"device {device!r} is unknown; expected auto, cpu, cuda, cuda:K or mps")
+    kind, _, number = device.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there")
+    if kind != "cuda":
+        return torch.device(kind)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = local_rank if local_rank is not None else place.index or 0
+    index = local_rank if local_rank is not None else int(number or 0)
     if index >= count:
         raise ValueError(f"device {device!r} (index {index}) is not there: this machine has {count} CUDA devices")
     return torch.device("cuda", index)

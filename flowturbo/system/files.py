@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -51,23 +51,52 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OSError(f"cannot write {os.fspath(path)!r}: {'it is a folder' if path.is_dir() else 'no permission'}")
 
 
-@contextmanager
-def exclusive(folder: str | os.PathLike[str], patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder's lock; it falls with the process and its children.
+class InUse(ValueError):
+    """Another process holds a lock."""
 
-    Raises ValueError where another process still holds it after `patience` seconds.
+
+def exclusive(folder: str | os.PathLike[str], patience: float = 0.0) -> AbstractContextManager[None]:
+    """Hold a folder's lock. Raises InUse where another process still holds it after `patience` seconds."""
+    return locked(Path(folder) / ".lock", patience, f"folder {os.fspath(folder)!r} is in use by another run")
+
+
+@contextmanager
+def locked(
+    path: str | os.PathLike[str], patience: float, message: str = "", on_wait: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold the lock that a file stands for; the file is made, and the lock falls with the process and its children.
+
+    `on_wait` is called once where there is something to wait for. Raises InUse, with the message, where another
+    process still holds the lock after `patience` seconds, OSError where there can be none.
     """
-    limit = time.monotonic() + patience
-    with open(Path(folder) / ".lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > limit:
-                    raise ValueError(f"folder {os.fspath(folder)!r} is in use by another run") from None
-                time.sleep(0.1)
+    limit, waiting = time.monotonic() + patience, False
+    with _open_lock(path) as file:
+        while not _try_lock(file):
+            if time.monotonic() > limit:
+                raise InUse(message or f"{os.fspath(path)!r} is locked by another process")
+            if not waiting:
+                on_wait()
+            waiting = True
+            time.sleep(0.1)
         yield
+
+
+def _open_lock(path: str | os.PathLike[str]) -> IO[str]:
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise OSError(f"cannot lock {os.fspath(path)!r}: {error.strerror}") from error
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Whether the file is locked now. Raises OSError on a disk without locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OSError(f"cannot lock {file.name!r}: {error.strerror}") from error
+    return True
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

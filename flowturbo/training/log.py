@@ -1,7 +1,9 @@
-"""What a training run tells: a progress bar, a log file, and TensorBoard scalars where that is installed."""
+"""What a training run tells: a progress bar, log.txt, metrics.jsonl, and TensorBoard's scalars if it is installed."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from datetime import datetime
@@ -14,7 +16,9 @@ from tqdm import tqdm
 class RunLog:
     """Rank 0's record of a run in `folder`; with folder None (the other ranks) every call does nothing.
 
-    The bar shows loss, images/s and the remaining time of steps first..total.
+    The bar shows loss, images/s and the remaining time of steps first..total. metrics.jsonl holds a JSON object for
+    each time that figures are logged: step, loss, gradient (its norm before clipping), images/s, lr (the learning
+    rate) and seconds (since this process began to train). A run that goes on from an earlier step appends to it.
     """
 
     def __init__(self, folder: Path | None, total: int, first: int = 0):
@@ -22,12 +26,14 @@ class RunLog:
         if folder is None:
             return
         self.file = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         interval = 0.1 if sys.stderr.isatty() else 10  # seconds; in a file the bar would be mostly noise
         self.bar = tqdm(
             total=total, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=interval
         )
         self.board = _tensorboard(folder)
         self.step, self.images, self.since = first, 0, time.perf_counter()
+        self.begun = self.since
 
     def say(self, text: str) -> None:
         """One line, on the terminal and in the file."""
@@ -42,8 +48,8 @@ class RunLog:
             self.bar.update(step - self.step)
             self.step = step
 
-    def scalars(self, **values: float) -> None:
-        """Figures of the steps since the last call, with their images/s."""
+    def scalars(self, lr: float, **values: float) -> None:
+        """Figures of the last step, and the images/s since the last call."""
         if self.folder is None:
             return
         now = time.perf_counter()
@@ -53,6 +59,9 @@ class RunLog:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
         line = " ".join(f"{name}={value:.5g}" for name, value in figures.items())
         self.file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} step={self.step} {line}\n")
+        record = {"step": self.step, **figures, "lr": lr, "seconds": round(now - self.begun, 3)}
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.metrics.write(json.dumps(finite) + "\n")  # after an overflow in fp16 the norm is not
         if self.board is not None:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, self.step)
@@ -67,6 +76,7 @@ class RunLog:
         if self.folder is not None:
             self.bar.close()
             self.file.close()
+            self.metrics.close()
             if self.board is not None:
                 self.board.close()
 

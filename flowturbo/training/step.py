@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowturbo.data.folders import MICRO_BATCHES, Batch, micro_batch
+from flowturbo.data.loader import MICRO_BATCHES, Batch, micro_batch
 from flowturbo.system.distributed import World
+from flowturbo.training.options import Optimisation
 from flowturbo.weights.checkpoint import is_plain, load_checkpoint, load_weights, save_checkpoint, weights_of
 
 
 @dataclass
 class State:
-    """Everything that the next step depends on besides the arguments of the run."""
+    """Everything that the next step depends on besides the options of the run."""
 
     model: nn.Module
     ema: nn.Module
@@ -29,10 +30,10 @@ class State:
     step: int = 0
 
     @classmethod
-    def new(cls, model: nn.Module, device: torch.device, lr: float, weight_decay: float, fp16: bool) -> State:
+    def new(cls, model: nn.Module, device: torch.device, optimisation: Optimisation, fp16: bool = False) -> State:
         """The state before the first step: the EMA is a copy, AdamW trains what requires gradients."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        fused = device.type in ("cuda", "cpu")
+        lr, weight_decay, fused = optimisation.lr, optimisation.wd, device.type in ("cuda", "cpu")
         return cls(
             model.train(),
             deepcopy(model).requires_grad_(False).eval(),
@@ -57,7 +58,7 @@ class State:
         """Take over a checkpoint; returns its config. Raises ValueError for weights alone, or another network's."""
         content = load_checkpoint(path)
         if not {"model", "ema", "opt", "step"} <= content.keys():
-            raise ValueError(f"checkpoint {str(path)!r} holds weights only: --resume needs one written by train.py")
+            raise ValueError(f"checkpoint {str(path)!r} holds weights only: expected one of a training run")
         load_weights(self.model, weights_of({"model": content["model"]}, path), path)
         load_weights(self.ema, weights_of({"ema": content["ema"]}, path), path)
         _load_moments(self.optimizer, content["opt"], path)
@@ -99,6 +100,10 @@ def _load_moments(optimizer: torch.optim.Optimizer, state: object, path: Path) -
     optimizer.load_state_dict({"state": dict(moments), "param_groups": ours})
 
 
+class Diverged(FloatingPointError):
+    """A loss or a gradient is not finite."""
+
+
 class Update:
     """What one step tells, the same on every rank: mean loss, norm of the gradient, whether any rank asks to stop.
 
@@ -112,14 +117,13 @@ class Update:
         self.copied = torch.cuda.current_stream(figures.device).record_event() if figures.is_cuda else None
 
     def read(self) -> tuple[float, float, bool]:
-        """(loss, norm, stop). Raises FloatingPointError where loss or norm is not finite."""
+        """(loss, norm, stop). Raises Diverged where loss or norm is not finite."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, stops, norm = self.figures.tolist()
         if not math.isfinite(loss) or not (self.forgiven or math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {loss} and its gradient's norm {norm}; stopped before the update "
-                "(lower --lr, set --clip-grad or --warmup, or take --precision fp32)"
+            raise Diverged(
+                f"step {self.step}: the loss is {loss} and its gradient's norm {norm}; stopped before the update"
             )
         return loss, norm, stops > 0
 
@@ -140,17 +144,11 @@ def update(
     state: State,
     ranks: World,
     batch: Batch,
-    loss_of: Callable[[Batch], Tensor],
-    *,
-    global_batch_size: int,
-    lr: float,
-    clip: float | None,
-    ema_decay: float,
-    passes: int = 1,
-    exact: bool = False,
+    objective: Callable[[Batch], Tensor],
+    optimisation: Optimisation,
     stop: bool = False,
 ) -> Update:
-    """One step on this rank's share of the global batch; loss_of gives the loss of each sample (n,).
+    """One step on this rank's share of the global batch; the objective gives the loss of each sample (n,).
 
     The gradient is that of the mean over the global batch, however unequal the shares. It crosses ranks in one
     all-reduce of one flat vector: buckets that adapt to the first step, as DistributedDataParallel's, would make a
@@ -158,30 +156,30 @@ def update(
     micro-batches, whose gradients are added in a fixed order.
 
     Nothing here waits for the device, but in fp16. Where loss or gradient is not finite, the device itself skips this
-    update and all later ones, and reading what is returned raises FloatingPointError, on every rank: read it at
-    latest after the next step, and before anything is saved.
+    update and all later ones, and reading what is returned raises Diverged, on every rank: read it at latest after
+    the next step, and before anything is saved. `stop` is this rank's wish to stop, which the others learn of so.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
 
     def gradient(part: Batch) -> Tensor:
         """Flat gradient, loss and stop flag of a part of the global batch; adds to the parameters' gradients."""
-        loss = loss_of(part).sum() / global_batch_size
+        loss = objective(part).sum() / optimisation.global_batch_size
         state.scaler.scale(loss).backward()
         flat = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
         return torch.cat([*flat, loss.detach()[None], loss.new_full((1,), float(stop))])
 
-    if exact:
-        total = _exact_sum(ranks, batch, global_batch_size, gradient, state.optimizer)
+    if optimisation.exact:
+        total = _exact_sum(ranks, batch, optimisation.global_batch_size, gradient, state.optimizer)
     else:
         losses = torch.zeros((), device=ranks.device)
-        for part in split(batch, passes):
+        for part in split(batch, optimisation.accumulate):
             flat = gradient(part)
             losses = losses + flat[-2]
         flat[-2] = losses
         total = ranks.sum(flat)
     _write_gradients(parameters, total)
     state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(parameters, optimisation.clip_grad or math.inf)
     figures = torch.cat([total[-2:], norm[None]])
     # In fp16 the scaler skips steps whose gradient overflows until its scale fits; below 1 that is not the reason.
     forgiven = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
@@ -191,13 +189,13 @@ def update(
         state.optimizer.found_inf = state.failed  # type: ignore[attr-defined]  # makes fused AdamW skip its step
     else:
         told.read()
+    state.step += 1
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = optimisation.rate(state.step)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    update_ema(state.ema, state.model, min(ema_decay, state.step / (state.step + 9)))
+    update_ema(state.ema, state.model, min(optimisation.ema_decay, state.step / (state.step + 9)))
     return told
 
 
@@ -205,7 +203,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """The batch in at most `parts` pieces of about equal size."""
     rows = len(batch.labels)
     size = max(1, math.ceil(rows / parts))
-    return [Batch(*(value[start : start + size] for value in batch)) for start in range(0, rows, size)]
+    return [batch.rows(start, start + size) for start in range(0, rows, size)]
 
 
 @torch.no_grad()
@@ -230,7 +228,7 @@ def _exact_sum(
     for micro in ranks.share(MICRO_BATCHES):
         size = len(micro_batch(micro, global_batch_size))
         if size:
-            rows[micro] = gradient(Batch(*(value[start : start + size] for value in batch)))
+            rows[micro] = gradient(batch.rows(start, start + size))
             optimizer.zero_grad(set_to_none=True)
         start += size
     width = sum(p.numel() for group in optimizer.param_groups for p in group["params"]) + 2

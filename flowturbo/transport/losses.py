@@ -1,18 +1,22 @@
 """Training losses, per sample. All randomness is an argument.
 
+No torch is imported before a loss is computed, so that options can name the recipes at once.
+
 Source: SiT equation 4 (velocity matching); FlowTurbo equations 8-13 (the refiner's regression).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from flowturbo.transport.path import PATHS, Path
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RECIPES = ("paper", "release")
+TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
 MAX_DT = 0.12  # the upper end of Δ's range in the paper
 
 
@@ -55,6 +59,8 @@ def refiner_loss(
     same condition; "release" keeps the label in the first predictor call even where `drop` is set, as the
     published code does. Gradients reach the refiner alone. Raises ValueError for another recipe.
     """
+    import torch
+
     _check_recipe(recipe)
     x_t, _ = path.sample(x0, x1, t)
     dt = torch.as_tensor(dt, dtype=t.dtype, device=t.device).expand(len(t))
@@ -65,6 +71,21 @@ def refiner_loss(
     # Tensors made in inference mode cannot be saved for the backward pass, whatever a refiner would save; copies can.
     v_t, x_next, v_next = v_t.clone(), x_next.clone(), v_next.clone()
     return _mean_square(v_next - (refiner(x_next, t + dt, v_t, y, drop) + v_t))
+
+
+def predictor_times(u_t: Tensor, distribution: str = "uniform") -> Tensor:
+    """Times (N,) in [0, 1] from uniform draws u_t (N,) in [0, 1), by the distribution's inverse.
+
+    "uniform" is SiT's; "logit-normal", the sigmoid of a standard normal, sees the middle times more often (Esser et
+    al., "Scaling Rectified Flow Transformers", 2024, section 3.1). Raises ValueError for another.
+    """
+    if distribution not in TIME_DISTRIBUTIONS:
+        raise ValueError(f"time distribution {distribution!r} is not one of {', '.join(TIME_DISTRIBUTIONS)}")
+    if distribution == "uniform":
+        return u_t
+    import torch
+
+    return torch.special.ndtri(u_t).sigmoid()
 
 
 def refiner_times(u_t: Tensor, u_dt: Tensor, max_dt: float = MAX_DT, recipe: str = "paper") -> tuple[Tensor, Tensor]:
@@ -88,5 +109,7 @@ def _check_recipe(recipe: str) -> None:
 
 
 def _mean_square(error: Tensor) -> Tensor:
+    import torch
+
     error = error.to(torch.promote_types(error.dtype, torch.float32))  # under autocast it may be in half precision
     return error.square().flatten(1).mean(1)

@@ -1,14 +1,18 @@
 """Interpolation paths between noise and data: x_t = α(t)·x1 + σ(t)·x0, with velocity u_t = dx_t/dt.
 
+And the diffusion terms of SiT's SDE. No torch is imported, so that options can name them at once.
+
 Source: Albergo et al., "Stochastic Interpolants", 2023; the three paths of SiT (Ma et al., 2024, section 3).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Path:
@@ -60,26 +64,26 @@ class LinearPath(Path):
         return 1 - t
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+        return t.new_ones(t.shape)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t)
+        return -t.new_ones(t.shape)
 
 
 class GVPPath(Path):
     """Generalised variance-preserving: α = sin(πt/2), σ = cos(πt/2)."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(t * (math.pi / 2))
+        return (t * (math.pi / 2)).sin()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(t * (math.pi / 2))
+        return (t * (math.pi / 2)).cos()
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        return math.pi / 2 * torch.cos(t * (math.pi / 2))
+        return math.pi / 2 * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return -math.pi / 2 * torch.sin(t * (math.pi / 2))
+        return -math.pi / 2 * self.alpha(t)
 
 
 class VPPath(Path):
@@ -103,7 +107,7 @@ class VPPath(Path):
         return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+        return (-(2 * self._log_alpha(t)).expm1()).sqrt()
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         return self._log_alpha_dot(t) * self.alpha(t)
@@ -113,6 +117,15 @@ class VPPath(Path):
 
 
 PATHS: dict[str, Path] = {"linear": LinearPath(), "gvp": GVPPath(), "vp": VPPath()}
+
+# D(t) of the reverse SDE, at times (N,) or a scalar; its marginals are those of the ODE for any of them.
+DIFFUSIONS: dict[str, Callable[[Path, Tensor], Tensor]] = {
+    "sigma": lambda path, t: path.sigma(t),
+    "linear": lambda path, t: 1 - t,
+    "constant": lambda path, t: t.new_ones(t.shape),
+    "decreasing": lambda path, t: 0.25 * ((math.pi * t).cos() + 1) ** 2,
+    "increasing-decreasing": lambda path, t: (math.pi * t).sin() ** 2,
+}
 
 
 def _per_sample(t: Tensor, like: Tensor) -> Tensor:

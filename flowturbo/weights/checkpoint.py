@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +17,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowturbo.system.claims import read_record, write_record
 from flowturbo.system.files import atomic_write, remove_leftovers, sha256
+from flowturbo.weights.fetch import MissingWeights, find, locate
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
+EMA = ("ema", "ema_state_dict")
+MODEL = ("model", "model_state_dict", "state_dict")
+
+
+def resolve(name: str | os.PathLike[str], field: str = "", say: Callable[[str], object] = print) -> Path:
+    """The checkpoint file that a name stands for: a file, a run's folder for its newest whole one, or a download.
+
+    `say` is told of damaged checkpoints that are passed over. Raises MissingWeights, naming the option `field` if
+    given, where nothing is there, ValueError for a folder without checkpoints.
+    """
+    found = locate(os.fspath(name))
+    if found is None:
+        of = f" ({field})" if field else ""
+        raise MissingWeights({field: os.fspath(name)}, f"checkpoint {os.fspath(name)!r}{of} does not exist")
+    if not found.is_dir():
+        return found
+    newest = CheckpointFolder(found / CHECKPOINTS).newest(say)
+    if newest is None:
+        raise ValueError(f"folder {os.fspath(found)!r} holds no checkpoint: expected {found / CHECKPOINTS}/NUMBER.pt")
+    return newest
+
+
+def find_model(name: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights called `name`, on the CPU: a checkpoint file, a run, or a registered name, downloaded if need be.
+
+    As in the original release: `model.load_state_dict(find_model("SiT-XL-2-256x256.pt"))`. Of a training checkpoint
+    these are the EMA weights. Raises ValueError or OSError.
+    """
+    path = resolve(find(os.fspath(name)))
+    return weights_of(load_checkpoint(path), path)
 
 
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> str:
@@ -36,14 +70,14 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU. Raises ValueError naming a file that is not one.
+    """The content of a checkpoint file, on the CPU. Raises ValueError naming a file that is missing or is not one.
 
     Checkpoints of the original SiT and FlowTurbo scripts carry an argparse.Namespace: just that is let in. A
     .safetensors file gives {"ema", "config"} where its metadata hold a config, else its tensors.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path!r} does not exist")
+        raise MissingWeights({"": path}, f"checkpoint {path!r} does not exist")
     verified = check_digest(path)
     try:
         if path.endswith(".safetensors"):
@@ -59,7 +93,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 _check_stored(archive, os.path.getsize(path))
                 if not verified and archive.testzip() is not None:
                     raise ValueError("its checksums are others")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle's protocol, where the file is refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file raises nearly anything; nine types were seen
         unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
@@ -77,14 +112,13 @@ def _check_stored(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError("an archive that inflates")
 
 
-def weights_of(
-    content: Mapping[str, Any], path: str | os.PathLike[str], prefer_ema: bool = True
-) -> dict[str, Tensor]:
+def weights_of(content: Mapping[str, Any], path: str | os.PathLike[str], prefer_ema: bool = True) -> dict[str, Tensor]:
     """The weights in a checkpoint: its EMA where it has one, else its model, else itself.
 
-    Prefixes left by DistributedDataParallel and torch.compile are removed. Raises ValueError if there are none.
+    They may be called as other projects call them: `ema_state_dict`, `model_state_dict`, `state_dict`. Prefixes left
+    by DistributedDataParallel and torch.compile are removed. Raises ValueError if there are none.
     """
-    order = ("ema", "model") if prefer_ema else ("model", "ema")
+    order = EMA + MODEL if prefer_ema else MODEL + EMA
     state = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
     weights = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
@@ -96,8 +130,8 @@ def weights_of(
     return weights
 
 
-def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Load weights strictly. Raises ValueError that lists missing, unknown, misshapen and non-finite ones."""
+def check_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raises ValueError that lists missing, unknown, misshapen and non-finite weights."""
     expected = module.state_dict()
     problems = [f"no {key}" for key in expected.keys() - weights.keys()]
     problems += [f"unknown {key}" for key in weights.keys() - expected.keys()]
@@ -111,6 +145,11 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
     if problems:
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"checkpoint {os.fspath(path)!r} does not fit this {type(module).__name__}: {shown}")
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load weights strictly, as `check_weights` has them."""
+    check_weights(module, weights, path)
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device="cpu")
     module.load_state_dict(dict(weights), strict=True)
@@ -139,18 +178,12 @@ class CheckpointFolder:
 
     def digests(self) -> dict[str, str]:
         """File name -> sha256. Raises ValueError naming a manifest that cannot be read."""
-        path = self.folder / MANIFEST
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        if not isinstance(content, dict) or not all(
+        content = read_record(self.folder / MANIFEST) or {}
+        if not all(
             re.fullmatch(r"[0-9]{7,18}\.pt", name) and re.fullmatch("[0-9a-f]{64}", str(digest))
             for name, digest in content.items()
         ):
-            raise ValueError(f"{path} is no manifest of checkpoints")
+            raise ValueError(f"{self.folder / MANIFEST} is no manifest of checkpoints")
         return content
 
     def record(self, path: Path, digest: str) -> None:
@@ -171,7 +204,7 @@ class CheckpointFolder:
     def is_latest(self, path: Path) -> bool:
         """Whether a file is a checkpoint of this folder, and no other that the manifest has is of a later step."""
         steps = [int(Path(name).stem) for name in self.digests() if (self.folder / name).is_file()]
-        return self.folder.name == "checkpoints" and path.stem.isdigit() and int(path.stem) >= max(steps, default=0)
+        return self.folder.name == CHECKPOINTS and path.stem.isdigit() and int(path.stem) >= max(steps, default=0)
 
     def newest(self, warn: Callable[[str], object]) -> Path | None:
         """The newest whole checkpoint, or None; `warn` is told of each damaged one that is passed over."""
@@ -184,8 +217,7 @@ class CheckpointFolder:
         return None
 
     def _write(self, digests: Mapping[str, str]) -> None:
-        with atomic_write(self.folder / MANIFEST) as file:
-            file.write(json.dumps(dict(sorted(digests.items())), indent=2).encode())
+        write_record(self.folder / MANIFEST, dict(sorted(digests.items())))
 
 
 def check_digest(path: str | os.PathLike[str]) -> bool:
@@ -197,13 +229,11 @@ def check_digest(path: str | os.PathLike[str]) -> bool:
     return digest is not None
 
 
-def newest_checkpoint(
-    results: str | os.PathLike[str], name: str, warn: Callable[[str], object] = print
-) -> Path | None:
+def newest_checkpoint(results: str | os.PathLike[str], name: str, warn: Callable[[str], object] = print) -> Path | None:
     """The newest whole checkpoint of the newest run NUMBER-name under `results` that has one, or None."""
     runs = {int(p.name.partition("-")[0]): p for p in Path(results).glob("*-*") if is_run(p.name, name)}
     for number in sorted(runs, reverse=True):
-        if found := CheckpointFolder(runs[number] / "checkpoints").newest(warn):
+        if found := CheckpointFolder(runs[number] / CHECKPOINTS).newest(warn):
             return found
     return None
 

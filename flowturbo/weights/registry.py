@@ -26,7 +26,6 @@ class Asset:
 
     about: str
     licence: str
-    advice: str  # how a script takes a local path in its place
     files: tuple[RemoteFile, ...]
 
     @property
@@ -41,7 +40,6 @@ def _autoencoder(repository: str, about: str) -> Asset:
     return Asset(
         about=f"autoencoder stabilityai/{repository}: {about}",
         licence="MIT",
-        advice="--vae-ckpt FOLDER",
         files=tuple(
             RemoteFile(f"{repository}/{name}", (f"{source}/{name}",), about=about)
             for name, about in (("config.json", 1_000), ("diffusion_pytorch_model.safetensors", 334_600_000))
@@ -53,7 +51,6 @@ ASSETS = {
     "sit-xl-2-256": Asset(
         about="velocity predictor SiT-XL/2 for ImageNet 256x256, 675 M parameters",
         licence="unknown (the code that made it: MIT)",
-        advice="--predictor-ckpt FILE (train.py: --model-teacher-ckpt FILE)",
         files=(
             RemoteFile(
                 "SiT-XL-2-256x256.pt",
@@ -69,7 +66,6 @@ ASSETS = {
     "sit-xl-2-refiner": Asset(
         about="FlowTurbo's velocity refiner for SiT-XL/2, 29 M parameters",
         licence="MIT (that of the release)",
-        advice="--refiner-ckpt FILE",
         files=(
             RemoteFile(
                 "SiT-XL-2-Refiner.pt",
@@ -83,7 +79,6 @@ ASSETS = {
     "inception": Asset(
         about="Inception-v3 weights for FID, as torch-fidelity ported them",
         licence="Apache-2.0 (that of torch-fidelity)",
-        advice="evaluator.py's --weights FILE",
         files=(
             RemoteFile(
                 "weights-inception-2015-12-05-6726825d.pth",
@@ -99,7 +94,6 @@ ASSETS = {
     "adm-imagenet-256": Asset(
         about="the ADM suite's ImageNet 256x256 reference: statistics and 10 000 images",
         licence="unknown (holds ImageNet images)",
-        advice="evaluator.py's first argument",
         files=(
             RemoteFile(
                 "VIRTUAL_imagenet256_labeled.npz",

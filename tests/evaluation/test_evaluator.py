@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import re
@@ -8,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import evaluator
-from flowturbo.evaluation import METRICS, Features, FeatureSet, GaussianStatistics, evaluate
+from flowturbo.evaluation import METRICS, Features, FeatureSet, sides
 from flowturbo.evaluation.extractors import INCEPTION_IDENTITY
 from flowturbo.system.cli import run_script
 
@@ -77,10 +75,52 @@ def test_statistics_stand_for_images(digits, tmp_path, capsys):
     assert from_files["metrics"]["Precision"]["reason"] == "no features on the reference side"
     assert from_files["samples"]["labels"] == "balanced"
     assert "labels balanced" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"made with balanced labels, not random"):
+    with pytest.raises(ValueError, match="made with labels 'balanced', not 'random'"):
         evaluator.main([str(statistics), str(features), "--labels", "random"])
     with pytest.raises(ValueError, match="holds statistics only"):
         evaluator.main(["stats", str(statistics), "-o", str(features), "--features"])
+
+
+def test_a_report_goes_into_a_new_folder_and_is_there_before_the_table(digits, tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    monkeypatch.setattr(evaluator, "tell", lambda *_: None)
+    with pytest.raises(BrokenPipeError):
+        measure(digits / "even", digits / "even", "--extractor", "pixels", folder=tmp_path / "new" / "folder")
+    report = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
+    assert report["metrics"]["FID"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_how_a_folder_was_read_is_told(digits, tmp_path, capsys):
+    folder = tmp_path / "samples"
+    (folder / "__MACOSX").mkdir(parents=True)
+    for index in range(5):
+        (folder / f"{index}.png").write_bytes((digits / "even" / f"{index:06d}.png").read_bytes())
+    Image.new("RGBA", (8, 8)).save(folder / "5.png")
+    flags = ["--extractor", "pixels", "--background", "black"]
+    report = measure(digits / "even", folder, *flags, folder=tmp_path)
+    assert report["notes"] == [
+        f"{folder}: passed over system entries: 1",
+        f"{folder}: 1 of 6 images with transparent pixels, shown on black",
+    ]
+    assert f"note: {report['notes'][1]}" in capsys.readouterr().err
+    evaluator.main(["stats", str(folder), "-o", str(tmp_path / "s.npz"), *flags])
+    assert f"note: {report['notes'][1]}" in capsys.readouterr().err
+
+
+def test_the_label_mode_is_that_of_the_settings_beside_an_archive(tmp_path, digits):
+    archive = tmp_path / "a.npz"
+    archive.write_bytes((digits / "odd-rgb.npz").read_bytes())
+    (tmp_path / "a").mkdir()
+    record = {"settings": {"labels": "balanced"}, "outputs": {"a.npz": ""}}
+    (tmp_path / "a" / "settings.json").write_text(json.dumps(record))
+    assert sides.recorded_labels(str(archive)) == "balanced"
+    for broken in ("{", "[]", '{"settings": 3, "outputs": ["a.npz"]}', '{"outputs": {}}'):
+        (tmp_path / "a" / "settings.json").write_text(broken)
+        assert sides.recorded_labels(str(archive)) is None
+    assert sides.recorded_labels(str(tmp_path / "b.npz")) is None
 
 
 def test_unlike_extractors_are_refused(digits, tmp_path, monkeypatch):
@@ -92,7 +132,7 @@ def test_unlike_extractors_are_refused(digits, tmp_path, monkeypatch):
     def no_work(*_, **__):
         raise AssertionError("images were read before the refusal")
 
-    monkeypatch.setattr(evaluator, "extract", no_work)
+    monkeypatch.setattr(sides, "extract", no_work)
     for arguments in (
         [pixels, other],
         [pixels, other, "--extractor", "pixels"],
@@ -115,7 +155,7 @@ class FakeInception:
 
 
 def test_stored_statistics_take_precedence(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: FakeInception())
+    monkeypatch.setattr(sides, "load_extractor", lambda *_: FakeInception())
     images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     stored = {"mu": np.full(3, 9.0), "sigma": np.eye(3), "mu_s": np.full(2, 5.0), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "reference.npz", arr_0=images[:20], **stored)
@@ -131,34 +171,6 @@ def test_stored_statistics_take_precedence(tmp_path, monkeypatch):
     assert all(np.array_equal(small[name], array) for name, array in stored.items())
     evaluator.main(["stats", str(tmp_path / "reference.npz"), "-o", str(tmp_path / "small.npz"), "--features"])
     assert FeatureSet.load(tmp_path / "small.npz").pool.shape == (20, 3)
-
-
-def feature_set(pool, logits=None):
-    statistics = GaussianStatistics(pool.shape[1])
-    statistics.update(pool)
-    return FeatureSet("drawn", "none", len(pool), pool_statistics=statistics.gaussian(), pool=pool, logits=logits)
-
-
-def test_evaluate_refuses_unlike_sides():
-    ours = feature_set(torch.randn(9, 3))
-    for other in (dataclasses.replace(ours, extractor="another"), feature_set(torch.randn(9, 4))):
-        with pytest.raises(ValueError, match="unlike"):
-            dict(evaluate(ours, other))
-
-
-def test_bootstrap_errors_are_the_spread_of_fresh_draws():
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(count, shift):
-        pool = torch.randn(count, 6, generator=generator) + shift
-        return feature_set(pool, logits=2 * pool)
-
-    reference = drawn(400, 0.0)
-    draws = [dict(evaluate(reference, drawn(300, 0.4))) for _ in range(60)]
-    estimated = dict(evaluate(reference, drawn(300, 0.4), bootstrap=60))
-    for name in ("FID", "Inception Score", "Precision", "KID"):
-        spread = np.std([draw[name].value for draw in draws], ddof=1)
-        assert 0.6 < estimated[name].standard_error / spread < 1.6, name
 
 
 def bad_inputs(folder):
@@ -178,6 +190,9 @@ def bad_inputs(folder):
     (folder / "broken").mkdir()
     for name in ("a.png", "b.png"):
         (folder / "broken" / name).write_text("not an image")
+    (folder / "sizes").mkdir()
+    for name, height in (("a.png", 4), ("b.png", 6)):
+        Image.new("RGB", (4, height)).save(folder / "sizes" / name)
     pixels = {"mu": np.zeros(48), "sigma": np.eye(48), "extractor": "pixels"}
     cases = {
         "no-arr_0": (made("a.npz", images=images), r"a\.npz: no array arr_0; it holds images"),
@@ -193,7 +208,9 @@ def bad_inputs(folder):
         "text": (folder / "text.npz", r"text\.npz: not an \.npz archive"),
         "missing": (folder / "missing.npz", r"missing\.npz: no such file"),
         "empty-folder": (folder / "empty", r"empty: 0 images in this folder"),
-        "not-images": (folder / "broken", r"a\.png: not a readable image"),
+        "not-images": (folder / "broken", r"cannot read image '.*a\.png': cannot identify"),
+        "sizes": (folder / "sizes", r"b\.png: 4×6 pixels, but a\.png has 4×4.*; --image-size N crops them"),
+        "not-here": ("VIRTUAL_imagenet256_labeled.npz", r"no such file.*python download\.py adm-imagenet-256"),
         "nan-statistics": (made("g.npz", **pixels | {"mu": np.full(48, np.nan)}), r"g\.npz: mu contains NaN"),
         "nan-features": (
             made("h.npz", **pixels, count=6, pool=np.full((6, 48), np.nan)),
@@ -203,17 +220,22 @@ def bad_inputs(folder):
         "large": (made("j.npz", arr_0=np.zeros((2, 65, 64, 3), np.uint8)), "at most 64×64"),
     }
     return [(name, [path, good, "--extractor", "pixels"], says) for name, (path, says) in cases.items()] + [
-        (
-            "json-nowhere",
-            [good, good, "--extractor", "pixels", "--json", folder / "no" / "x.json"],
-            "there is no folder",
-        ),
+        ("json-a-folder", [good, good, "--extractor", "pixels", "--json", folder / "empty"], "it is a folder"),
         ("extractor", [good, good, "--extractor", "vgg"], "extractor vgg: expected inception, pixels"),
-        ("stats-nowhere", ["stats", good, "-o", folder / "no" / "x.npz"], "there is no folder"),
+        ("stats-a-folder", ["stats", good, "-o", folder / "empty"], "it is a folder"),
+        (
+            "weights",
+            [good, good, "--weights", folder / "no.pth"],
+            r"no\.pth: no such file; run `python download\.py inception`.*--weights",
+        ),
+        ("other-weights", [good, good, "--weights", good], r"good\.npz: sha256 .* expected 6726825d"),
+        ("weights-of-pixels", [good, good, "--extractor", "pixels", "--weights", good], "weights are for inception"),
     ]
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["evaluator.py"])
     for name, arguments, says in bad_inputs(tmp_path):
@@ -226,30 +248,40 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
         assert re.search(says, lines[0]), (name, lines[0])
 
 
-def test_bad_input_on_the_command_line(tmp_path):
-    script = Path(evaluator.__file__)
-    found = subprocess.run(
-        [sys.executable, script, tmp_path / "missing.npz", tmp_path], capture_output=True, text=True, timeout=120
-    )
-    assert found.returncode == 2
-    assert found.stderr.strip() == f"evaluator.py: error: {tmp_path / 'missing.npz'}: no such file"
-    assert found.stdout == ""
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b", "--batch-size", "0"], "batch_size 0 must be at least 1"),
+        (["a", "b", "--image_size", "0"], "image_size 0 must be at least 1"),
+        (["a", "b", "--bootstrap", "1"], "a standard error needs at least 2 resamples"),
+        (["a", "b", "--bootstrap", "-2"], "bootstrap -2 must be at least 0"),
+        (["a", "b", "--background", "red"], "background 'red': expected"),
+        (["benchmark", "--repeats", "0"], "repeats 0 must be at least 1"),
+    ],
+)
+def test_impossible_values_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluator.main(arguments)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["a", "b", "--extractr", "x"],
-        ["a", "b", "--device", "tpu9"],
-        ["a", "b", "--batch-size", "0"],
-        ["a", "b", "--bootstrap", "1"],
+        *(["a", "b", "--extractr", "x"], ["a", "b", "--labels", "even"], ["a", "b", "--seed", str(2**64)]),
+        *(["a"], ["stats", "a"], ["stats", "a", "b", "-o", "c"], ["benchmark", "a"]),
     ],
+    ids=" ".join,
 )
 def test_mistyped_flags_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluator.main(arguments)
     assert stopped.value.code == 2
-    assert arguments[2] in capsys.readouterr().err
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_devices_are_those_of_every_script(digits):
+    with pytest.raises(ValueError, match="device 'tpu9'"):
+        evaluator.main([str(digits / "even"), str(digits / "even"), "--extractor", "pixels", "--device", "tpu9"])
 
 
 def test_benchmark(capsys, monkeypatch):
@@ -258,3 +290,15 @@ def test_benchmark(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines[2:]] == ["ours", "torch-fidelity", "scipy sqrtm"]
     assert all(float(line.split()[-1]) < 1e-4 for line in lines[2:])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["stats", "--help"], ["a", "b", "--extractr", "x"]], ids=" ".join)
+def test_help_and_mistyped_flags_answer_without_torch(arguments):
+    code = (
+        "import sys, evaluator\n"
+        f"try:\n    evaluator.main({arguments!r})\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    root = Path(evaluator.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, timeout=60)

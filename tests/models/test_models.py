@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
-import pipeline
-from flowturbo.models import SIT_CONFIGS, SiT, config_from_state, sincos_positions
+from flowturbo.models import SIT_CONFIGS, Attention, SiT, sincos_positions
+from flowturbo.networks.load import config_from_state
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.transport import Guidance
+from flowturbo.transport.branches import guide
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 PUBLIC = [(SiT, "sit_xl_2_256", {}), (VelocityRefiner, "refiner_xl_2_256", {"depth": 1})]
@@ -51,7 +49,7 @@ def test_golden_guided_forward_pass_matches(golden_case):
     half = len(case["x"]) // 2
     x = torch.cat([case["x"][:half]] * 2)
     with torch.no_grad():
-        out = Guidance(3.0).combine(model.eval()(x, case["t"], case["y"]))
+        out = guide(model.eval()(x, case["t"], case["y"]), 3.0, 3)
     torch.testing.assert_close(out, case["out_cfg3"], atol=1e-4, rtol=0)
     assert not torch.allclose(out, case["out"], atol=1e-2)
 
@@ -302,97 +300,45 @@ def test_images_of_another_shape_make_no_patches(predictor):
 
 
 @torch.no_grad()
-def test_both_branches_in_patches_equal_the_forward_pass_of_twice_the_batch(predictor, refiner, batch):
-    """The state is given once, a velocity for each branch or once."""
-    x, y = batch(3)
-    t, v = torch.full((6,), 0.3), torch.randn(6, 4, 8, 8)
-    drop = torch.arange(6) >= 3
-    labels = torch.where(drop, 10, torch.cat([y, y]))
-    twice = torch.cat([x, x])
-    once = predictor.evaluate(predictor.modulations(t, labels), predictor.to_patches(x))
-    assert once.shape == (6, 16, 4, 4)
-    torch.testing.assert_close(predictor.to_images(once), predictor(twice, t, labels), atol=1e-5, rtol=1e-5)
-    modulations = refiner.modulations(t, labels)
-    assert modulations.shape == (6, 6 * 1 + 2, 32)
-    for velocity in (v, v[:3]):
-        out = refiner.evaluate(modulations, refiner.to_patches(x), refiner.to_patches(velocity))
-        expected = refiner(twice, t, torch.cat([velocity] * (6 // len(velocity))), torch.cat([y, y]), drop)
-        torch.testing.assert_close(refiner.to_images(out), expected, atol=1e-5, rtol=1e-5)
+def test_the_parts_of_an_evaluation_equal_the_whole(predictor, refiner, batch):
+    (x, y), v = batch(3), torch.randn(3, 4, 8, 8)
+    t, drop = torch.full((3,), 0.3), torch.tensor([False, True, False])
+    labels = torch.where(drop, 10, y)
+    for network, images in ((predictor, (x,)), (refiner, (x, v))):
+        modulations = network.modulations(t, labels)
+        assert modulations.shape == (3, 6 * network.config["depth"] + 2, 32)
+        patches = network.transform(network.embed(*map(network.to_patches, images)), modulations)
+        assert patches.shape == (3, 16, 4, 4)
+        expected = network(x, t, *images[1:], y, drop)
+        assert torch.equal(network.to_images(patches), expected)
+        assert torch.equal(network.evaluate(images, t, y, drop), expected)
+
+
+@torch.no_grad()
+def test_how_a_block_is_run_can_be_chosen(predictor, batch):
+    x, y = batch(2)
+    seen = []
+
+    def run(block, tokens, modulation):
+        seen.append(block)
+        return block(tokens, modulation)
+
+    t = torch.full((2,), 0.3)
+    assert torch.equal(predictor.evaluate((x,), t, y, run=run), predictor(x, t, y))
+    assert seen == list(predictor.blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 16, 32), (1, 7, 32)])
+def test_attention_as_two_products_equals_the_fused_one(shape):
+    attention = Attention(32, 4).double()
+    tokens = torch.randn(shape, dtype=torch.float64)
+    fused = attention(tokens)
+    attention.fused = False
+    torch.testing.assert_close(attention(tokens), fused, atol=1e-12, rtol=0)
 
 
 def test_the_null_class_is_the_last_row(predictor):
     assert predictor.null_class == 10 == len(predictor.y_embedder.embedding_table.weight) - 1
     with pytest.raises(ValueError, match="no null class"):
         _ = SiT(**SMALL | {"class_dropout_prob": 0.0}).null_class
-
-
-# Half precision
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cast_changes_the_blocks_and_nothing_else(predictor, refiner, dtype):
-    for network in (predictor, refiner):
-        assert network.cast(dtype) is network
-        dtypes = {name: value.dtype for name, value in network.named_parameters()}
-        assert {d for name, d in dtypes.items() if name.startswith("blocks.")} == {dtype}
-        assert {d for name, d in dtypes.items() if not name.startswith("blocks.")} == {torch.float32}
-        assert not any(block.attn.fused_attn for block in network.blocks)  # slower on a CPU
-        network.cast(torch.float32)
-        assert {p.dtype for p in network.parameters()} == {torch.float32}
-        assert all(block.attn.fused_attn for block in network.blocks)
-
-
-def errors_in_half(network, arguments, dtype):
-    """Relative errors of the output: of autocast over float32 weights, of `cast`, of all weights in half."""
-    with torch.no_grad():
-        exact = network(*arguments)
-        with torch.autocast("cpu", dtype):
-            outputs = [network(*arguments)]
-        outputs.append(copy.deepcopy(network).cast(dtype)(*arguments))
-        outputs.append(copy.deepcopy(network).to(dtype)(*arguments))
-    assert outputs[1].dtype == torch.float32
-    return [float((out.float() - exact).norm() / exact.norm()) for out in outputs]
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
-@pytest.mark.parametrize(("kind", "depth"), [(SiT, 4), (VelocityRefiner, 1)])
-def test_cast_makes_several_times_less_error_than_autocast(kind, depth, dtype, bound, randomise, batch):
-    """At weights of a network's usual size for its width."""
-    network = randomise(kind(**SMALL | {"hidden_size": 128, "depth": depth}), 1, std=0.05)
-    x, y = batch(16)
-    arguments = (x, torch.rand(16), y) if kind is SiT else (x, torch.rand(16), torch.randn_like(x), y)
-    of_autocast, of_cast, of_all = errors_in_half(network, arguments, dtype)
-    assert 0 < of_cast < bound
-    assert of_cast < of_autocast / 3
-    assert of_cast < of_all / 6
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cast_makes_less_error_on_a_trained_network(dtype):
-    """Its blocks do more than those of random networks, and make 0.6 times the error of all."""
-    network = pipeline.load_network(SiT, "assets/digits-predictor.pt")
-    generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(64, 1, 8, 8, generator=generator), torch.rand(64, generator=generator)
-    of_autocast, of_cast, of_all = errors_in_half(network, (x, t, torch.arange(64) % 10), dtype)
-    assert 0 < of_cast < 0.75 * of_autocast
-    assert of_cast < 0.5 * of_all
-
-
-def test_a_full_size_sampler_holds_at_most_1600_megabytes():
-    """SiT-XL/2, its refiner and Stable Diffusion's decoder, as sampled with in bf16."""
-    from diffusers import AutoencoderKL
-
-    def held(*modules):
-        return sum(p.nbytes for module in modules for p in (*module.parameters(), *module.buffers()))
-
-    config = SIT_CONFIGS["SiT-XL/2"]
-    predictor, refiner = on_meta(SiT, **config), on_meta(VelocityRefiner, **config | {"depth": 1})
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    autoencoder = on_meta(AutoencoderKL, **blocks, **widths)
-    modules = predictor, refiner, autoencoder.decoder, autoencoder.post_quant_conv
-    assert held(*modules) > 3e9
-    for network in (predictor, refiner):
-        network.cast(torch.bfloat16)
-    autoencoder.to(torch.bfloat16)
-    assert 1.5e9 < held(*modules) <= 1.6e9

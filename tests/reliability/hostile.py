@@ -250,9 +250,7 @@ class Corpus:
                 header["__metadata__"] = {"config": self.dice.choice([DEEP, "{", '{"model": 3}', "[1]"])}
             text = json.dumps(header).encode()
             data = struct.pack("<Q", len(text)) + text + good[8 + length :]
-        return self._checkpoint(
-            f"safetensors {choice}", data, choice == 1, ".safetensors", readers="predictor teacher"
-        )
+        return self._checkpoint(f"safetensors {choice}", data, choice == 1, ".safetensors", readers="predictor teacher")
 
     # ---- archives of arrays
 
@@ -279,9 +277,7 @@ class Corpus:
         return np.frombuffer(self.dice.randbytes(4 * 64 * 3), np.uint8).reshape(4, 8, 8, 3)
 
     def _damaged_archive(self) -> Case:
-        data = self._npz(
-            self.dice.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]), arr_0=self._npy(self._pixels())
-        )
+        data = self._npz(self.dice.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]), arr_0=self._npy(self._pixels()))
         return self._archive("a damaged archive", self._damaged(data), may_pass=True)
 
     def _lying_header(self) -> Case:
@@ -498,7 +494,7 @@ class Corpus:
             "sample.py": ["--seed", "--cfg-scale", "--num-images", "--batch-size", "--atol", "--cfg-channels"],
             "sample_ddp_feature.py": ["--num-fid-samples", "--per-proc-batch-size", "--seed", "--cfg-scale"],
             "evaluator.py": ["--batch-size", "--bootstrap", "--seed"],
-            "latents.py": ["--image-size", "--batch-size", "--shard-size", "--num-workers"],
+            "cache_latents.py": ["--image-size", "--batch-size", "--shard-size", "--num-workers"],
         }
         choices = {
             "train.py": [
@@ -514,7 +510,7 @@ class Corpus:
             "sample.py": ["--refiner-step", "--precision", "--diffusion", "--path-type", "--device"],
             "sample_ddp_feature.py": ["--labels", "--refiner-step", "--tag", "--device", "--features"],
             "evaluator.py": ["--labels", "--device"],
-            "latents.py": ["--precision", "--device"],
+            "cache_latents.py": ["--precision", "--device"],
         }
 
         def mistyped() -> Case:

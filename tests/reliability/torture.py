@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -40,14 +41,16 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import cache_latents  # noqa: E402
 import evaluator  # noqa: E402
 import flowturbo.system.files  # noqa: E402
+import flowturbo.training.resume  # noqa: E402  # with all that train.py imports, so that forks need not
 import sample  # noqa: E402
 import sample_ddp_feature  # noqa: E402
 import train  # noqa: E402
-from flowturbo.data import latents  # noqa: E402
 from flowturbo.data.folders import ClassFolder  # noqa: E402
 from flowturbo.system import cli  # noqa: E402
+from flowturbo.training import run as training_run  # noqa: E402
 from flowturbo.training.step import State  # noqa: E402
 from flowturbo.training.stopping import EXIT_STOPPED  # noqa: E402
 from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint  # noqa: E402
@@ -246,15 +249,11 @@ class Lab:
         path.mkdir()
         return path
 
-    def start(
-        self, folder: Path, more: list[str], ranks: int = 1, workers: int = 0, prepare=lambda rank: None
-    ) -> Run:
+    def start(self, folder: Path, more: list[str], ranks: int = 1, workers: int = 0, prepare=lambda rank: None) -> Run:
         argv = [*self.flags, "--results-dir", str(folder), "--num-workers", str(workers), *more]
         return Run(train.main, argv, folder / "out.txt", ranks, prepare)
 
-    def train(
-        self, folder: Path, more: list[str], ranks: int = 1, workers: int = 0, prepare=lambda rank: None
-    ) -> Run:
+    def train(self, folder: Path, more: list[str], ranks: int = 1, workers: int = 0, prepare=lambda rank: None) -> Run:
         run = self.start(folder, more, ranks, workers, prepare)
         run.wait()
         self.expect(set(run.codes.values()) == {0}, f"run in {folder} ended with {run.codes}: {run.text[-600:]}")
@@ -346,9 +345,7 @@ def kills(lab: Lab) -> None:
                 lost += not lab.expect(reached >= before, f"{folder}: {reached} after {before}")
             runs += 1
             lost += not lab.same_bits(folder, ranks)
-    lab.figure(
-        "SIGKILLs of training", total, f"{inside} of them inside a save, {runs} runs, {lost} lost or different"
-    )
+    lab.figure("SIGKILLs of training", total, f"{inside} of them inside a save, {runs} runs, {lost} lost or different")
 
 
 def saves(lab: Lab) -> None:
@@ -438,15 +435,13 @@ def signals(lab: Lab) -> None:
 
 
 def slow_steps(rank: int) -> None:
-    update = train.update
-    train.update = lambda *args, **more: time.sleep(0.03) or update(*args, **more)
+    update = training_run.update
+    training_run.update = lambda *args, **more: time.sleep(0.03) or update(*args, **more)
 
 
 def slow_saves(rank: int) -> None:
     fsync = os.fsync
-    os.fsync = lambda file: (
-        fsync(file) or time.sleep(9 if "checkpoints" in os.readlink(f"/proc/self/fd/{file}") else 0)
-    )
+    os.fsync = lambda file: fsync(file) or time.sleep(9 if "checkpoints" in os.readlink(f"/proc/self/fd/{file}") else 0)
 
 
 def exact(lab: Lab) -> None:
@@ -480,15 +475,15 @@ def ranks(lab: Lab) -> None:
                     return read(self, *args)
 
                 ClassFolder.read = broken
-            update = train.update
+            update = training_run.update
 
-            def poisoned(state: State, world: object, batch: object, loss_of: Callable, **more: object) -> object:
+            def poisoned(state: State, world: object, batch: object, objective: Callable, *more: object) -> object:
                 if state.step == number - 1 and how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 bad = torch.nan if state.step == number - 1 and how == "not finite" else 1
-                return update(state, world, batch, lambda batch: loss_of(batch) * bad, **more)
+                return update(state, world, batch, lambda batch: objective(batch) * bad, *more)
 
-            train.update = poisoned
+            training_run.update = poisoned
 
         run = lab.start(folder, ["--ckpt-every", "1"], size, 0, prepare)
         run.wait(until=lambda run=run: bool(run.codes))
@@ -601,9 +596,7 @@ def samples(lab: Lab) -> None:
             digest.update(path.name.encode() + path.read_bytes())
         digests[ranks, len(digests)] = digest.hexdigest()
     lab.expect(len(set(digests.values())) == 1, f"sample sets differ: {digests}")
-    what = (
-        f"over {len(quota)} numbers of ranks, {damaged} files damaged between: {len(set(digests.values()))} archive"
-    )
+    what = f"over {len(quota)} numbers of ranks, {damaged} files damaged between: {len(set(digests.values()))} archive"
     lab.figure("SIGKILLs of sampling", total, what)
 
 
@@ -628,7 +621,9 @@ def caching(lab: Lab) -> None:
     for ranks, kills in [(1, 0), (1, 2), (2, 2)] if lab.quick else [(1, 0), (1, 15), (2, 15)]:
         target = lab.folder() / "z"
         while True:
-            run = Run(latents.main, [str(lab.root / "data"), str(target), *flags], target.with_suffix(".txt"), ranks)
+            run = Run(
+                cache_latents.main, [str(lab.root / "data"), str(target), *flags], target.with_suffix(".txt"), ranks
+            )
             if run.wait(lab.dice.uniform(0, 0.6) if kills > 0 else TIMEOUT):
                 lab.expect(set(run.codes.values()) == {0}, f"latents: {run.codes} {run.text[-600:]}")
                 if kills <= 0:
@@ -677,7 +672,7 @@ def malformed(lab: Lab) -> None:
 
 def words(text: str) -> str:
     """A flag and the words of a message that mean it look alike."""
-    return " ".join(text.replace("-", " ").lower().split())
+    return " ".join(re.sub("[-_]", " ", text).lower().split())
 
 
 def little_memory(rank: int) -> None:
@@ -718,7 +713,7 @@ def command(lab: Lab, case: hostile.Case) -> tuple[Callable, list[str]]:
         "sample.py": (sample.main, [*own, "--out", str(out / "a.png")]),
         "sample_ddp_feature.py": (sample_ddp_feature.main, [*sampled, "--predictor-ckpt", str(lab.predictor)]),
         "evaluator.py": (evaluator.main, ["a.npz", "b.npz"]),
-        "latents.py": (latents.main, [str(lab.root / "data"), str(out / "z"), "--vae-ckpt", "gone"]),
+        "cache_latents.py": (cache_latents.main, [str(lab.root / "data"), str(out / "z"), "--vae-ckpt", "gone"]),
     }[reader]
     return main, [*flags, *case.flags]
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-import pipeline
 import sample
 from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import NoAutoencoder
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.load import load_network
+from flowturbo.networks.precision import quantize
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.system import cli
+from flowturbo.system.advice import advice_for
+from flowturbo.weights.fetch import MissingWeights
 
 
 def pixels(path):
@@ -40,27 +43,29 @@ def draw(pixel_models, tmp_path, capsys):
     return run
 
 
-def test_without_weights_two_lines_say_what_is_needed(python, tmp_path):
-    done = python(sample.__file__, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    first, second = done.stderr.splitlines()
-    assert "SiT-XL-2-256x256.pt (--predictor-ckpt)" in first
-    assert "SiT-XL-2-Refiner.pt (--refiner-ckpt)" in first
-    assert "python download.py sit-xl-2-256 sit-xl-2-refiner" in second
-    assert "huggingface.co, cloud.tsinghua.edu.cn" in second
-    for flag in ("--predictor-ckpt", "--refiner-ckpt", "--vae-ckpt"):
-        assert flag in second
-    assert not list(tmp_path.iterdir())
+def test_without_weights_one_line_says_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWTURBO_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(MissingWeights) as caught:
+        sample.main([])
+    said = str(caught.value) + advice_for(caught.value)
+    assert said == (
+        "no such file: SiT-XL-2-256x256.pt (predictor_ckpt), SiT-XL-2-Refiner.pt (refiner_ckpt); get it with "
+        "`python download.py sit-xl-2-256 sit-xl-2-refiner` (from huggingface.co, cloud.tsinghua.edu.cn), or pass a "
+        "local path with --predictor-ckpt and --refiner-ckpt"
+    )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_only_what_the_schedule_needs_is_asked_for(pixel_models, tmp_path):
-    with pytest.raises(cli.Advice) as caught:
+    with pytest.raises(MissingWeights) as caught:
         sample.main(["--schedule", "H2", "--predictor-ckpt", str(tmp_path / "gone.pt")])
-    assert "gone.pt (--predictor-ckpt)" in str(caught.value)
-    assert "efiner" not in str(caught.value)
-    with pytest.raises(cli.Advice) as caught:
+    assert "gone.pt (predictor_ckpt)" in str(caught.value)
+    assert caught.value.fields == ["predictor_ckpt"]
+    with pytest.raises(MissingWeights) as caught:
         sample.main([*pixel_models, "--refiner-ckpt", str(tmp_path / "gone.pt")])
-    assert "--predictor-ckpt" not in str(caught.value)
+    assert caught.value.fields == ["refiner_ckpt"]
+    assert advice_for(caught.value) == "; pass a local path with --refiner-ckpt"
 
 
 def test_the_models_first_classes_are_drawn_four_in_a_row(draw):
@@ -75,10 +80,8 @@ def test_the_pictures_are_what_the_sampler_computes(draw, pixel_models, batch):
     from flowturbo.data.randomness import keyed_noise
     from flowturbo.transport import FlowTurbo
 
-    out, _ = draw(
-        "--schedule", "H1P2R1", "--classes", 3, 7, "--seed", 5, "--cfg-scale", 2, "--refiner-step", "single"
-    )
-    networks = pipeline.load_network(SiT, pixel_models[1]), pipeline.load_network(VelocityRefiner, pixel_models[3])
+    out, _ = draw("--schedule", "H1P2R1", "--classes", 3, 7, "--seed", 5, "--cfg-scale", 2, "--refiner-step", "single")
+    networks = load_network(SiT, pixel_models[1]), load_network(VelocityRefiner, pixel_models[3])
     sampler = FlowTurbo(*networks, "H1P2R1", 2.0, "single")
     images = to_uint8(sampler.sample(keyed_noise(5, range(2), (3, 8, 8)), torch.tensor([3, 7])))
     shown = cells(out, 1, 2)[0]
@@ -168,6 +171,16 @@ def test_imagenet_classes_have_names_and_the_originals_are_the_default(save_netw
         draw("--classes", "golden retriver", models=models)
 
 
+def test_a_models_own_classes_have_names(save_network, draw, tmp_path):
+    predictor = save_network(tmp_path / "p", SiT, classes=["cat", "dog", "horse"], in_channels=3, num_classes=3)
+    models = ["--predictor-ckpt", str(predictor), "--vae-ckpt", "none", "--schedule", "H2"]
+    named, _ = draw("--classes", "Dog", "cat", 2, models=models)
+    indexed, _ = draw("--classes", 1, 0, 2, models=models)
+    assert np.array_equal(pixels(named), pixels(indexed))
+    with pytest.raises(ValueError, match="'hors' is no class name or index; did you mean 'horse'"):
+        draw("--classes", "hors", models=models)
+
+
 def test_public_checkpoints_and_a_latent_model_make_images(randomise, vae_folder, draw, tmp_path):
     """Bare state dicts of a SiT-S's width, one layer deep, with an autoencoder."""
     config = {"input_size": 8, "hidden_size": 384, "depth": 1, "num_heads": 6, "num_classes": 10}
@@ -184,7 +197,7 @@ def test_the_file_is_named_after_the_settings(pixel_models, tmp_path, monkeypatc
     sample.main([*pixel_models, "--schedule", "[h1]x2", "--cfg-scale", "1.5", "--seed", "3", "--device", "cpu"])
     sample.main([*pixel_models, "--compare", "H1", "E1", "--num-images", "2", "--device", "cpu"])
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {
-        "_h1_x2-cfg1.5-seed3.png",
+        "H2-cfg1.5-seed3.png",
         "H1-vs-E1-cfg4-seed0.png",
     }
 
@@ -200,13 +213,16 @@ def test_the_file_is_named_after_the_settings(pixel_models, tmp_path, monkeypatc
         (["--classes", "golden retriever"], "a model of 10 classes takes indices"),
         (["--cfg-scale", "nan"], "cfg scale nan must be a finite number"),
         (["--cfg-scale", "-1"], "cfg scale -1.0 must be"),
-        (["--cfg-channels", "some"], "--cfg-channels 'some' must be 'all' or a number"),
-        (["--cfg-channels", "²"], "--cfg-channels '²' must be 'all' or a number"),
+        (["--cfg-channels", "some"], "cfg_channels 'some' must be 'all' or a number"),
+        (["--cfg-channels", "²"], "cfg_channels '²' must be 'all' or a number"),
         (["--cfg-channels", "0"], "guidance channels 0 must be"),
         (["--cfg-interval", "0.8", "0.2"], "must lie in 0 to 1, in this order"),
         (["--schedule", "dopri5", "--rtol", "0"], "tolerances must be positive"),
+        (["--num-images", "0"], "must be at least 1"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--out", "a.jpg"], "must end in .png"),
         (["--device", "cuda:77"], "is not there"),
-        (["--vae-ckpt", "vae"], "not latents: pass --vae-ckpt none"),
+        (["--vae-ckpt", "vae"], "not latents: expected vae_ckpt 'none'"),
     ],
     ids=str,
 )
@@ -220,10 +236,7 @@ def test_wrong_values_are_explained(pixel_models, flags, message, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-images", "0"], "must be at least 1"),
-        (["--batch-size", "0"], "must be at least 1"),
         (["--seed", "-1"], "must lie in 0 to 2^64"),
-        (["--out", "a.jpg"], "must end in .png"),
         (["--shedule", "H8"], "did you mean --schedule?"),
         (["--precision", "fp8"], "invalid choice"),
         (["--refiner_step", "double"], "invalid choice"),
@@ -250,9 +263,9 @@ def test_networks_that_do_not_fit_are_refused(save_network, pixel_models, vae_fo
     refused(r"the refiner is made for inputs \(3, 16, 16\)", "--refiner-ckpt", larger)
     refused("holds a SiT, expected a VelocityRefiner", "--refiner-ckpt", pixel_models[1])
     refused("holds a VelocityRefiner, expected a SiT", "--predictor-ckpt", pixel_models[3])
-    refused("works on images of 3 channels, not latents: pass --vae-ckpt none", "--vae-ckpt", vae_folder)
+    refused("works on images of 3 channels, not latents: expected vae_ckpt 'none'", "--vae-ckpt", vae_folder)
     free = save_network(tmp_path / "c", SiT, in_channels=3, class_dropout_prob=0.0)
-    refused("no null class to guide with: pass --cfg-scale 1", "--predictor-ckpt", free)
+    refused("no null class to guide with: expected cfg_scale 1", "--predictor-ckpt", free)
     flags = ["--predictor-ckpt", free, "--cfg-scale", 1, "--schedule", "H1P1R1", "--out", tmp_path / "out.png"]
     sample.main([*pixel_models, "--device", "cpu", *map(str, flags)])
 
@@ -271,9 +284,10 @@ def untimed(monkeypatch, compiler):
     """Graphs without code generation, and the names of what was sampled with them."""
     sampled, original = [], sample.sample_row
 
-    def counted(args, sampler, *rest):
-        sampled.append(str(sampler) if sampler.compiled else f"{sampler} eager")
-        return original(args, sampler, *rest)
+    def counted(sampler, *rest):
+        compiled = isinstance(sampler.sampler.engine, StaticGraphs)
+        sampled.append(str(sampler) if compiled else f"{sampler} eager")
+        return original(sampler, *rest)
 
     monkeypatch.setattr(sample, "sample_row", counted)
     with compiler("eager"):
@@ -299,10 +313,8 @@ def test_compiled_pictures_equal_eager_ones(draw, untimed, flags):
 def test_compared_samplers_are_timed_after_their_compilation(draw, untimed):
     flags = ["--compare", "H2", "P2R1", "--classes", 1, 2, 3, "--compile"]
     compiled, said = draw(*flags)
-    assert untimed == ["H2", "H2", "P2R1", "P2R1"]
-    assert re.match(
-        r"H2 compiled   4 evaluations .* ms/image\nP2R1 compiled   3 \+ 2 evaluations .* ms/image\n", said
-    )
+    assert untimed == ["H2", "P2R1", "H2", "P2R1"]
+    assert re.match(r"H2 compiled   4 evaluations .* ms/image\nP2R1 compiled   3 \+ 2 evaluations .* ms/image\n", said)
     eager, _ = draw(*flags[:-1])
     height, top = 32 + 2 + int(12 * 1.6), 2 + int(12 * 1.6)
     for row in (0, 1):
@@ -328,7 +340,7 @@ def test_the_autoencoder_is_compiled_with_the_networks(draw, untimed, monkeypatc
 
 def test_quantising_without_torchao_says_what_to_install(draw, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ValueError, match=r"^--quantize needs torchao: pip install torchao$"):
+    with pytest.raises(ValueError, match=r"^quantization needs torchao: pip install torchao$"):
         draw("--schedule", "E1", "--quantize", "int8")
 
 
@@ -340,7 +352,7 @@ def test_a_kind_that_the_device_cannot_compute_is_one_line(draw, monkeypatch):
     fake = SimpleNamespace(**names, Float8DynamicActivationFloat8WeightConfig=lambda **_: None, quantize_=fail)
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
     monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
-    expected = "^--quantize float8 does not work on this device: Float8 needs compute capability 8.9$"
+    expected = "^quantization to float8 does not work on this device: Float8 needs compute capability 8.9$"
     with pytest.raises(ValueError, match=expected):
         draw("--schedule", "E1", "--quantize", "float8")
 
@@ -356,7 +368,7 @@ def test_quantised_networks_stay_near_and_tell_their_error(draw, untimed, predic
     compiled, _ = draw("--schedule", "H1P1R1", "--quantize", "int8", "--compile")
     assert np.abs(pixels(compiled) - pixels(eager)).mean() < 0.1
     for network in (predictor, refiner):
-        pipeline.quantize(network, "int8")
+        quantize(network, "int8")
         linear = {n: type(m.weight) for n, m in network.blocks.named_modules() if isinstance(m, torch.nn.Linear)}
         changed = {name.split(".", 1)[1] for name, kind in linear.items() if kind is not torch.nn.Parameter}
         assert changed == {"attn.qkv", "mlp.fc1", "mlp.fc2"}

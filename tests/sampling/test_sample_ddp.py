@@ -2,12 +2,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-import pipeline
 import sample_ddp_feature as ddp
-from flowturbo.evaluation import FeatureSet, GaussianStatistics, ImageArchive, extract, make_extractor
+from flowturbo.evaluation import FeatureSet, GaussianStatistics, ImageArchive, extract, load_extractor
 from flowturbo.networks.autoencoder import NoAutoencoder
-from flowturbo.networks.compiled import CompiledTrajectory
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.load import load_network
+from flowturbo.sampling import generate, sample_set
+from flowturbo.sampling.generate import ImageSampler
+from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptions
 from flowturbo.sampling.sample_folder import read_archive
+from flowturbo.sampling.sample_set import class_of, make_sample_set
+from flowturbo.system.claims import OtherSettings
+from flowturbo.system.distributed import World
 from flowturbo.system.files import exclusive
 
 SETTINGS = ["--device", "cpu", "--schedule", "H1P2R1", "--per-proc-batch-size", "4"]
@@ -86,7 +92,7 @@ def test_pictures_and_preview_show_the_archive(reference):
 def test_features_are_those_of_the_archive(reference):
     folder, _ = reference
     ours = FeatureSet.load(folder / "a-features.npz")
-    theirs = extract(make_extractor("pixels"), ImageArchive(folder / "a.npz"), keep=["pool"], progress=False)
+    theirs = extract(load_extractor("pixels"), ImageArchive(folder / "a.npz"), keep=["pool"], progress=False)
     assert (ours.source, ours.count, ours.labels, ours.extractor) == ("a", COUNT, "random", "pixels")
     assert torch.equal(ours.pool, theirs.pool)
     for a, b in zip(ours.pool_statistics, theirs.pool_statistics):
@@ -122,7 +128,7 @@ def test_sample_i_is_what_the_sampler_makes_of_seed_and_i(reference, pixel_model
     from flowturbo.refiner import VelocityRefiner
     from flowturbo.transport import FlowTurbo
 
-    networks = pipeline.load_network(SiT, pixel_models[1]), pipeline.load_network(VelocityRefiner, pixel_models[3])
+    networks = load_network(SiT, pixel_models[1]), load_network(VelocityRefiner, pixel_models[3])
     sampler = FlowTurbo(*networks, "H1P2R1", 1.5)
     stored = images(reference[0])
     for number in (0, 3, 17):
@@ -135,9 +141,7 @@ def test_sample_i_is_what_the_sampler_makes_of_seed_and_i(reference, pixel_model
 # ---- ranks
 
 
-@pytest.mark.parametrize(
-    "ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_ranks_changes_no_byte(reference, python, tmp_path, ranks):
     folder, flags = reference
     done = python("sample_ddp_feature.py", *flags, "--sample-dir", tmp_path, ranks=ranks)
@@ -158,19 +162,19 @@ def test_the_number_of_ranks_changes_no_byte(reference, python, tmp_path, ranks)
     assert ddp.main([*flags, "--sample-dir", str(tmp_path)]).ms_per_image == 0
 
 
-def test_each_rank_makes_its_share_and_no_more(draw, tmp_path, monkeypatch):
+def test_each_rank_makes_its_share_and_no_more(draw, pixel_models, tmp_path, monkeypatch):
     """Three ranks one after the other, in this process."""
     whole = images_of(draw(tag="whole"))
     made = interrupt_after(monkeypatch, 99)
-    monkeypatch.setattr(ddp.World, "barrier", lambda self: None)
-    monkeypatch.setattr(ddp.World, "agree", lambda self, function: function())
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    monkeypatch.setattr(World, "agree", lambda self, function: function())
+    networks = NetworkOptions(pixel_models[1], pixel_models[3], "none", device="cpu")
+    options = SetOptions("H1P2R1", COUNT, 4, sample_dir=str(tmp_path), tag="parts")
     shares = {}
     for rank in (2, 0, 1):
-        ranks = ddp.World(rank, rank, 3, torch.device("cpu"))
-        monkeypatch.setattr(ddp, "world", lambda *_, ranks=ranks, **__: nullcontext(ranks))
         made.clear()
         with suppress(OSError):  # the archive waits for the others
-            draw(tag="parts")
+            make_sample_set(options, networks, SamplingOptions(1.5), World(rank, rank, 3, torch.device("cpu")))
         shares[rank] = list(made)
     assert shares == {0: [0, 12], 1: [4, 16], 2: [8]}
     assert np.array_equal(images(tmp_path, "parts"), whole)
@@ -200,15 +204,15 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, batches):
     """The run breaks off before the micro-batch after so many; returns the starts of those it made."""
-    original, made = ddp.sample_batch, []
+    original, made = ImageSampler.__call__, []
 
-    def limited(args, networks, sampler, numbers, classes):
+    def limited(self, seed, numbers, classes):
         if len(made) == batches:
             raise Interrupted
         made.append(numbers.start)
-        return original(args, networks, sampler, numbers, classes)
+        return original(self, seed, numbers, classes)
 
-    monkeypatch.setattr(ddp, "sample_batch", limited)
+    monkeypatch.setattr(ImageSampler, "__call__", limited)
     return made
 
 
@@ -308,9 +312,8 @@ def long_flags(flags, count):
     return [*flags, "--num-fid-samples", str(count), "--schedule", "H10", "--per-proc-batch-size", "2"]
 
 
-@pytest.mark.parametrize(
-    ("kills", "ranks", "count"), [(1, 0, 101), pytest.param(20, 2, 1001, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the campaign in tests/reliability kills sampling too
+@pytest.mark.parametrize(("kills", "ranks", "count"), [(1, 0, 101), (20, 2, 1001)])
 def test_kills_at_random_moments_change_no_byte(reference, tmp_path, kills, ranks, count):
     flags = long_flags(reference[1], count)
     ddp.main([*flags, "--sample-dir", str(tmp_path / "whole")])
@@ -334,19 +337,17 @@ def test_exactly_as_many_images_as_asked_for(reference, draw, tmp_path, count):
 
 def test_labels_are_drawn_by_key_or_in_turn(draw, monkeypatch):
     classes = []
-    original = ddp.sample_batch
-    monkeypatch.setattr(ddp, "sample_batch", lambda *a: classes.extend(a[4].tolist()) or original(*a))
+    original = ImageSampler.__call__
+    monkeypatch.setattr(ImageSampler, "__call__", lambda *a: classes.extend(a[3]) or original(*a))
     draw("--labels", "balanced", tag="b")
     assert classes == [i % 10 for i in range(20)]
     classes.clear()
     draw(tag="c")
-    assert classes == [ddp.label_of(0, i, 10, "random") for i in range(20)]
-    many = torch.tensor([ddp.label_of(3, i, 10, "random") for i in range(2000)]).bincount()
+    assert classes == [class_of(0, i, 10, "random") for i in range(20)]
+    many = torch.tensor([class_of(3, i, 10, "random") for i in range(2000)]).bincount()
     assert len(many) == 10
     assert 140 < many.min() <= many.max() < 260
-    assert [ddp.label_of(3, i, 10, "random") for i in range(50)] != [
-        ddp.label_of(4, i, 10, "random") for i in range(50)
-    ]
+    assert [class_of(3, i, 10, "random") for i in range(50)] != [class_of(4, i, 10, "random") for i in range(50)]
 
 
 @pytest.mark.parametrize(
@@ -377,14 +378,14 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(
     from flowturbo.refiner import VelocityRefiner
 
     interrupt_after(monkeypatch, 1)
-    monkeypatch.setattr(pipeline, "quantize", lambda *_: 0.0)  # which needs torchao
+    monkeypatch.setattr(generate, "quantize", lambda *_: 0.0)  # which needs torchao
     with pytest.raises(Interrupted):
         draw()
     if len(flags) == 1 and not flags[0].startswith("-"):
         kind = SiT if flags == ["predictor"] else VelocityRefiner
         other = save_network(tmp_path_factory.mktemp("other") / "a.pt", kind, seed=9, in_channels=3)
         flags = [f"--{flags[0]}-ckpt", str(other)]
-    with pytest.raises(ValueError, match=r"was made with .*: choose another --tag or remove it") as caught:
+    with pytest.raises(OtherSettings, match="was made with ") as caught:
         draw(*flags)
     assert f"was made with {difference}" in str(caught.value)
 
@@ -419,18 +420,18 @@ def test_a_grey_model_makes_grey_images_and_their_features(save_network, draw, t
     flags = ["--predictor-ckpt", grey, "--schedule", "H2", "--features", "pixels", "--png"]
     assert images_of(draw(*flags)).shape == (COUNT, 8, 8, 1)
     ours = FeatureSet.load(tmp_path / "a-features.npz")
-    theirs = extract(make_extractor("pixels"), ImageArchive(tmp_path / "a.npz"), keep=["pool"], progress=False)
+    theirs = extract(load_extractor("pixels"), ImageArchive(tmp_path / "a.npz"), keep=["pool"], progress=False)
     assert torch.equal(ours.pool, theirs.pool)
     assert Image.open(tmp_path / "a" / "png" / "000003.png").mode == "L"
 
 
 def test_compiled_sets_equal_eager_ones(reference, draw, compiler, tmp_path, monkeypatch):
     """Every micro-batch is full, the last by padding, so that one set of graphs serves all."""
-    rows, original = [], CompiledTrajectory.sample
-    monkeypatch.setattr(CompiledTrajectory, "sample", lambda self, z, y: rows.append(len(z)) or original(self, z, y))
+    rows, original = [], StaticGraphs.sample
+    monkeypatch.setattr(StaticGraphs, "sample", lambda self, z, y: rows.append(len(z)) or original(self, z, y))
     with compiler("eager"):
         draw("--compile")
-    assert rows == [4] * 5
+    assert rows == [4] * 6  # one of them before the folder was claimed
     assert np.abs(images(tmp_path).astype(int) - images(reference[0])).max() <= 1
     with pytest.raises(ValueError, match="was made with compile True, not False"):
         draw()
@@ -443,38 +444,44 @@ def test_what_cannot_be_compiled_leaves_no_folder_behind(draw, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_machine_that_cannot_compile_leaves_no_folder_behind(draw, compiler, tmp_path):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    torch._dynamo.reset()
+    with compiler(broken), pytest.raises(ValueError, match="this machine cannot compile"):
+        draw("--compile")
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_default_tag_names_the_settings():
-    args = Namespace(tag=None, schedule="[H1R1]x2", cfg_scale=1.5, seed=3, sample_dir="samples")
-    assert ddp.output_folder(args) == Path("samples/_H1R1_x2-cfg1.5-seed3")
+    assert SetOptions("[H1R1]x2").folder(SamplingOptions(1.5, seed=3)) == Path("samples/H1R1H1R1-cfg1.5-seed3")
 
 
-def test_the_originals_flags_are_known():
+def test_the_originals_flags_are_known(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample_set, "make_sample_set", lambda *options: seen.append(options))
     flags = "--vae_ckpt vae-ema --predictor_ckpt a --refiner_ckpt b --num_fid_samples 9 --per_proc_batch_size 3"
-    args = ddp.parse_args([*flags.split(), "--cfg_scale", "1.25", "--tag", "t", "--sample-dir", "d", "--no-png"])
-    assert (args.predictor_ckpt, args.num_fid_samples, args.per_proc_batch_size, args.cfg_scale) == ("a", 9, 3, 1.25)
-    defaults = ddp.parse_args([])
-    assert (defaults.num_fid_samples, defaults.schedule, defaults.cfg_scale) == (50_000, "H1P5R3", 1.5)
+    ddp.main([*flags.split(), "--cfg_scale", "1.25", "--tag", "t", "--sample-dir", "d", "--no-png"])
+    ddp.main([])
+    (options, networks, sampling, _), (defaults, _, default_sampling, _) = seen
+    assert (networks.predictor_ckpt, options.num_fid_samples, options.per_proc_batch_size) == ("a", 9, 3)
+    assert sampling.cfg_scale == 1.25
+    assert (defaults.num_fid_samples, defaults.schedule, default_sampling.cfg_scale) == (50_000, "H1P5R3", 1.5)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-fid-samples", "0"], "must be at least 1"),
-        (["--per-proc-batch-size", "0"], "must be at least 1"),
         (["--seed", "-1"], "must lie in 0 to 2^64"),
-        (["--num-fid-samples", "1", "--features", "pixels"], "--features needs at least 2 images"),
-        (["--tag", "a/b"], "must be a word"),
-        (["--tag", ""], "must be a word"),
-        (["--tag", ".."], "must be a word"),
         (["--labels", "sorted"], "invalid choice"),
-        (["--features", "vgg"], "--features 'vgg': expected inception, pixels, dinov2 or a TorchScript file"),
         (["--num-fid-sample", "9"], "did you mean --num-fid-samples?"),
     ],
     ids=str,
 )
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        ddp.parse_args(flags)
+        ddp.main(flags)
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert message in error
@@ -486,8 +493,15 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
     [
         (["--schedule", "R1"], "cannot start with R"),
         (["--cfg-scale", "inf"], "must be a finite number"),
-        (["--features", "pixels", "--features-weights", "x"], "belongs to inception and dinov2"),
-        (["--predictor-ckpt", "gone.pt"], "missing weights: gone.pt (--predictor-ckpt)"),
+        (["--features", "pixels", "--features-weights", "x"], "x: no such file"),
+        (["--predictor-ckpt", "gone.pt"], "no such file: gone.pt (predictor_ckpt)"),
+        (["--num-fid-samples", "0"], "num_fid_samples 0 must be at least 1"),
+        (["--per-proc-batch-size", "0"], "per_proc_batch_size 0 must be at least 1"),
+        (["--num-fid-samples", "1", "--features", "pixels"], "features need at least 2 images"),
+        (["--tag", "a/b"], "must be a word"),
+        (["--tag", ""], "must be a word"),
+        (["--tag", ".."], "must be a word"),
+        (["--features", "vgg"], "features 'vgg': expected inception, pixels, dinov2 or a TorchScript file"),
     ],
     ids=str,
 )
@@ -507,7 +521,7 @@ def test_wrong_values_leave_no_folder_behind(draw, tmp_path):
 
 
 def test_statistics_of_ranks_are_sums(reference):
-    """What merge_statistics relies on: the sums of the shares are those of the whole."""
+    """What merged_statistics relies on: the sums of the shares are those of the whole."""
     pool = FeatureSet.load(reference[0] / "a-features.npz").pool
     parts = [GaussianStatistics(192) for _ in range(2)]
     parts[0].update(pool[:5])
@@ -519,8 +533,8 @@ def test_statistics_of_ranks_are_sums(reference):
 def test_the_threads_of_the_machine_change_no_byte(reference, draw, tmp_path, monkeypatch):
     """A sum split over threads has other bits: the run itself says how many compute."""
     archives, computing = [], []
-    original = ddp.sample_batch
-    monkeypatch.setattr(ddp, "sample_batch", lambda *a: computing.append(torch.get_num_threads()) or original(*a))
+    original = ImageSampler.__call__
+    monkeypatch.setattr(ImageSampler, "__call__", lambda *a: computing.append(torch.get_num_threads()) or original(*a))
     for count in (1, 2):
         torch.set_num_threads(count)
         draw("--tag", f"t{count}", "--per-proc-batch-size", 5, "--schedule", "H2")
@@ -549,3 +563,35 @@ def test_a_set_of_another_autoencoder_is_refused(draw, monkeypatch):
     monkeypatch.setattr(NoAutoencoder, "fingerprint", lambda self: "other")
     with pytest.raises(ValueError, match="was made with autoencoder_sha256 None, not 'other'"):
         draw("--tag", "decoded")
+
+
+# ---- folders of earlier versions
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """(a copy of what version 0.1.0 has written, the flags of its sample sets)."""
+    folder = tmp_path / "earlier"
+    shutil.copytree(Path(__file__).parents[1] / "compatibility" / "v0.1.0", folder)
+    flags = [*("--vae-ckpt", "none", "--device", "cpu", "--schedule", "H1P2R1", "--cfg-scale", "1.5")]
+    flags += ["--predictor-ckpt", folder / "predictor.safetensors", "--refiner-ckpt", folder / "refiner.safetensors"]
+    flags += ["--num-fid-samples", 6, "--per-proc-batch-size", 4, "--sample-dir", folder / "samples"]
+    return folder / "samples", list(map(str, flags))
+
+
+def test_a_complete_set_of_an_earlier_version_is_complete(earlier, capsys):
+    _, flags = earlier
+    ddp.main([*flags, "--tag", "whole", "--png"])
+    assert capsys.readouterr().out.startswith("already complete")
+    with pytest.raises(OtherSettings, match="seed 0, not 1"):
+        ddp.main([*flags, "--tag", "whole", "--png", "--seed", "1"])
+
+
+def test_a_set_that_an_earlier_version_began_is_finished(earlier, monkeypatch):
+    folder, flags = earlier
+    made = interrupt_after(monkeypatch, 99)
+    ddp.main([*flags, "--tag", "half"])
+    assert made == [4]
+    whole, half = images(folder, "whole").astype(int), images(folder, "half")
+    assert np.array_equal(whole[:4], half[:4])
+    assert np.abs(whole - half).max() <= 1

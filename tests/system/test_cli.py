@@ -51,13 +51,15 @@ def test_help_keeps_line_breaks_and_shows_defaults_worth_showing(capsys):
     parser.add_argument("--schedule", default="H1P5R3", help="blocks")
     parser.add_argument("--out", help="a file")
     parser.add_argument("--fast", action="store_true", help="quick")
+    parser.add_argument("--warmup", type=int, default=0, help="updates")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
     assert "Usage:\n  a b" in text
     assert "last\n  line" in text
     assert "blocks (default: H1P5R3)" in text
-    assert text.count("(default") == 1
+    assert "updates (default: 0)" in text
+    assert text.count("(default") == 2
 
 
 @pytest.mark.parametrize(
@@ -82,10 +84,11 @@ def test_an_error_is_told_on_one_line(error, line):
 SCRIPT = """
 import sys
 from flowturbo.system import cli
+class CannotCompile(ValueError): pass
 ERRORS = {
     "value": ValueError("what was got\\nand what is expected"), "os": OSError("cannot write 'x'"),
     "diverged": FloatingPointError("step 3: nan"), "defect": KeyError("ours"), "interrupt": KeyboardInterrupt(),
-    "advice": cli.Advice("line one\\nline two"),
+    "advice": CannotCompile("a compiler is missing"),
 }
 def main():
     print("before")
@@ -101,7 +104,7 @@ cli.run_script(main)
         ("nothing", 0, ""),
         ("value", 2, "script.py: error: what was got and what is expected\n"),
         ("os", 2, "script.py: error: cannot write 'x'\n"),
-        ("advice", 2, "script.py: error: line one\nline two\n"),
+        ("advice", 2, "script.py: error: a compiler is missing; go on without --compile\n"),
         ("diverged", 1, "script.py: error: step 3: nan\n"),
         ("interrupt", 130, "script.py: interrupted\n"),
     ],
@@ -125,3 +128,29 @@ def test_defects_of_ours_and_whoever_asks_get_a_traceback(python, tmp_path):
 def test_other_ranks_say_who_they_are(python, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     assert python(tmp_path / "script.py", "os", RANK="3").stderr.startswith("[rank 3] script.py: error: cannot write")
+
+
+def told(tmp_path, rank):
+    """Whether a rank would tell "a mistake"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        with cli.first_to_tell("a mistake") as first:
+            return first
+
+
+def test_a_mistake_of_every_rank_is_told_by_the_first(tmp_path):
+    assert [told(tmp_path, rank) for rank in range(3)] == [True, False, False]
+    assert told(tmp_path / "another run", 0)
+    with cli.first_to_tell("another mistake") as first:
+        assert first
+
+
+def test_without_a_place_to_note_it_every_rank_tells(tmp_path):
+    assert [told(tmp_path / "missing" / "folder", rank) for rank in range(2)] == [True, True]
+
+
+def test_a_rank_that_ends_while_it_tells_leaves_it_to_the_next(python, tmp_path):
+    code = "import os; from flowturbo.system import cli\nwith cli.first_to_tell('a mistake'): os._exit(0)"
+    python("-c", code, TORCHELASTIC_ERROR_FILE=str(tmp_path / "0" / "error.json"))
+    assert any(tmp_path.iterdir())
+    assert [told(tmp_path, rank) for rank in (1, 2)] == [True, False]

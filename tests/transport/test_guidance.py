@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from flowturbo.transport import FlowTurbo, Guidance
-from flowturbo.transport.integrators import integrate
+from flowturbo.transport import FlowTurbo, Guidance, Schedule
+from flowturbo.transport.blocks import integrate
+from flowturbo.transport.branches import guide
+from flowturbo.transport.samplers import guided as bind
 
 NULL = 10
 
@@ -51,7 +53,7 @@ def guided(condition, null, scale, channels):
 @pytest.mark.parametrize(("channels", "count"), [(3, 3), ("all", 4), (1, 1), (4, 4), (9, 4)])
 def test_formula(scale, channels, count):
     condition, null = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
-    first, second = Guidance(scale, channels).combine(torch.cat([condition, null])).chunk(2)
+    first, second = guide(torch.cat([condition, null]), scale, channels).chunk(2)
     expected = (1 - scale) * null[:, :count] + scale * condition[:, :count]
     torch.testing.assert_close(first[:, :count], expected)
     torch.testing.assert_close(second[:, :count], expected)
@@ -66,7 +68,7 @@ def test_three_channels_are_the_default():
 def test_velocity_evaluates_both_branches_in_one_call(xy, recorder):
     x, y = xy
     network = recorder(predict)
-    out = Guidance(2.0).velocity(network, y)(x, 0.25)
+    out = bind(Guidance(2.0), y, network).velocity(x, 0.25)
     torch.testing.assert_close(out, torch.cat(guided(*branches(predict, x, 0.25, y), 2.0, 3)))
     ((states, times, labels, drop),) = network.calls
     assert torch.equal(states, torch.cat([x, x]))
@@ -75,13 +77,14 @@ def test_velocity_evaluates_both_branches_in_one_call(xy, recorder):
     assert drop.tolist() == [False] * 3 + [True] * 3
 
 
-def test_offset_shows_each_branch_its_own_velocity(xy, recorder):
+def test_a_refinement_shows_each_branch_its_own_velocity(xy, recorder):
     x, y = xy
     network = recorder(refine)
     v = torch.randn(6, 4, 2, 2, dtype=torch.float64)
-    out = Guidance(2.0).offset(network, y)(x, 0.25, v)
+    base = torch.randn(6, 4, 2, 2, dtype=torch.float64)
+    out = bind(Guidance(2.0), y, predict, network).refine(x, 0.25, v, base)
     expected = guided(*branches(refine, x, 0.25, y, [[half] for half in v.chunk(2)]), 2.0, 3)
-    torch.testing.assert_close(out, torch.cat(expected))
+    torch.testing.assert_close(out, base + torch.cat(expected))
     assert len(network) == 1
 
 
@@ -121,11 +124,10 @@ def test_scale_1_is_unguided_bit_for_bit_and_costs_one_branch(predictor, refiner
 
     with torch.no_grad():
         *_, last = integrate(
-            lambda x, t: predictor(x, rows(t), y),
+            Schedule("HPPRR").plan(),
             z,
-            "HPPRR",
-            [k / 5 for k in range(6)],
-            offset=lambda x, t, v: refiner(x, rows(t), v, y),
+            lambda x, t: predictor(x, rows(t), y),
+            lambda x, t, seen, base: base + refiner(x, rows(t), seen, y),
         )
     assert torch.equal(sample, last.x)
 
@@ -139,7 +141,7 @@ def test_scale_1_equals_the_limit_of_guidance(predictor, refiner, batch):
 
 def test_scale_0_is_the_null_class(xy):
     x, y = xy
-    out = Guidance(0.0, "all").velocity(predict, y)(x, 0.25)
+    out = bind(Guidance(0.0, "all"), y, predict).velocity(x, 0.25)
     torch.testing.assert_close(out, torch.cat([branches(predict, x, 0.25, y)[1]] * 2))
 
 
@@ -148,7 +150,8 @@ def test_scale_0_is_the_null_class(xy):
 def test_samples_do_not_depend_on_their_batch(channels, form, predictor, refiner, batch):
     z, y = batch(4)
     z = z.double()
-    sampler = FlowTurbo(predictor.double(), refiner.double(), "H1P2R2", 4.0, form, channels, (0.2, 0.7))
+    guidance = Guidance(4.0, channels, (0.2, 0.7))
+    sampler = FlowTurbo(predictor.double(), refiner.double(), "H1P2R2", guidance, form)
     alone = torch.cat([sampler.sample(z[i : i + 1], y[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(sampler.sample(z, y), alone, atol=1e-9, rtol=0)
 
@@ -169,7 +172,7 @@ def test_samples_do_not_depend_on_their_batch(channels, form, predictor, refiner
 def test_only_times_in_the_interval_cost_both_branches(interval, doubled, predictor, refiner, batch, recorder):
     z, y = batch(3)
     networks = recorder(predictor), recorder(refiner)
-    FlowTurbo(*networks, "H1P1R1E1", cfg_scale=2.0, cfg_interval=interval).sample(z, y)
+    FlowTurbo(*networks, "H1P1R1E1", Guidance(2.0, interval=interval)).sample(z, y)
     seen = set()
     for x, t, *_, drop in networks[0].calls + networks[1].calls:
         time = float(t[0])
@@ -210,7 +213,7 @@ def test_refiner_steps_cross_the_interval_in_both_directions(form, interval, xy)
         d_next = refined(x + h * d[0], t1, d if form == "consistent" else v, d)
         x = x + h / 2 * (d[0] + d_next[0])
         v = d if form == "released" else d_next
-    sampler = FlowTurbo(predict, refine, "H1R3", scale, form, cfg_interval=interval)
+    sampler = FlowTurbo(predict, refine, "H1R3", Guidance(scale, interval=interval), form)
     torch.testing.assert_close(sampler.sample(xy[0], y), x)
 
 
@@ -231,9 +234,6 @@ def test_refiner_steps_cross_the_interval_in_both_directions(form, interval, xy)
         ({"interval": (math.nan, 1.0)}, "nan"),
     ],
 )
-def test_impossible_guidance_is_refused(kwargs, message, predictor):
+def test_impossible_guidance_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Guidance(**kwargs)
-    renamed = {f"cfg_{k}": v for k, v in kwargs.items()}
-    with pytest.raises(ValueError, match=message):
-        FlowTurbo(predictor, schedule="H1", **renamed)

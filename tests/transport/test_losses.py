@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowturbo.transport import PATHS, flow_matching_loss, refiner_loss, refiner_times
+from flowturbo.transport import PATHS, flow_matching_loss, predictor_times, refiner_loss, refiner_times
 
 RECIPES = ("paper", "release")
 
@@ -272,3 +272,18 @@ def test_losses_are_float32_where_the_networks_are_in_half_precision(data):
     )
     assert half.dtype == torch.float32
     assert refiner_loss(lambda x, *_: x.bfloat16(), lambda x, *_: x.bfloat16(), x1, y, **given).dtype == torch.float32
+
+
+def test_the_predictors_times_have_the_distribution_that_is_asked_for():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    assert torch.equal(predictor_times(u), u)
+    t = predictor_times(u, "logit-normal")
+    assert (t.diff() > 0).all()  # the same draw, whatever the distribution
+    logits = torch.logit(t.double())
+    assert logits.mean().abs() < 1e-3
+    assert logits.std() == pytest.approx(1, abs=1e-3)
+    ends = predictor_times(torch.tensor([0.0, 1 - 2**-24]), "logit-normal")
+    assert ends[0] == 0
+    assert 0.99 < ends[1] < 1
+    with pytest.raises(ValueError, match="'cosine' is not one of uniform, logit-normal"):
+        predictor_times(u, "cosine")

@@ -7,12 +7,26 @@ import torch
 
 from flowturbo.models import SIT_CONFIGS, SiT
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.transport import PATHS, FlowTurbo, Guidance, ODESampler, Schedule, SDESampler, make_sampler
-from flowturbo.transport.integrators import Step
+from flowturbo.transport import (
+    PATHS,
+    FlowTurbo,
+    Guidance,
+    ODESampler,
+    SamplerSettings,
+    SamplerSpec,
+    Schedule,
+    SDESampler,
+)
+from flowturbo.transport.blocks import State
 
 FORMS = ("released", "consistent", "single")
 SCHEDULES = ("H1P5R3", "H8", "P7", "P1", "E6", "P5R7H3", "[H1P1R1]x2", "[P1R2E1]x3", "E1R2P2R1H1", "H1R1")
 UNGUIDED = Guidance(1.0)
+
+
+def make_sampler(text, predictor, refiner=None, guidance=None, **settings):
+    """The sampler that a text names."""
+    return SamplerSpec.parse(text).build(predictor, refiner, SamplerSettings(guidance or Guidance(), **settings))
 
 
 def labels(z):
@@ -90,7 +104,7 @@ def test_trajectory_yields_one_step_per_block(predictor, refiner, batch):
     sampler = FlowTurbo(predictor, refiner, "[H1P2R1]x2E1")
     steps = list(sampler.trajectory(z, y))
     assert len(steps) == len(sampler.schedule) == 9
-    assert all(isinstance(step, Step) and step.x.shape == z.shape for step in steps)
+    assert all(isinstance(step, State) and step.x.shape == z.shape for step in steps)
     assert torch.equal(steps[-1].x, sampler.sample(z, y))
 
 
@@ -333,10 +347,35 @@ def test_named_samplers_take_their_options(predictor, refiner):
     assert turbo.guidance == guidance
     assert turbo.evaluations() == (2, 1)
     path = PATHS["gvp"]
-    ode = make_sampler("dopri5", predictor, None, guidance, path=path, atol=1e-3, rtol=1e-2)
+    ode = make_sampler("dopri5", predictor, None, guidance, path_type="gvp", atol=1e-3, rtol=1e-2)
     assert (ode.guidance, ode.path, ode.atol, ode.rtol) == (guidance, path, 1e-3, 1e-2)
-    sde = make_sampler("sde30", predictor, None, guidance, path=path, diffusion="constant")
+    sde = make_sampler("sde30", predictor, None, guidance, path_type="gvp", diffusion="constant")
     assert (sde.guidance, sde.path, sde.steps, sde.diffusion) == (guidance, path, 30, "constant")
+
+
+@pytest.mark.parametrize(
+    ("text", "evaluations", "needs_refiner"),
+    [("H1P5R3", (7, 6), True), ("P4", (5, 0), False), ("dopri5", None, False), ("sde20", (20, 0), False)],
+)
+def test_a_spec_knows_what_it_takes_before_there_are_networks(text, evaluations, needs_refiner):
+    spec = SamplerSpec.parse(text)
+    assert (spec.evaluations(), spec.needs_refiner) == (evaluations, needs_refiner)
+    assert SamplerSpec.parse(str(spec)) == spec == SamplerSpec.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refiner_step": "twice"}, "'twice'"),
+        ({"path_type": "curved"}, "'curved' .*linear, gvp, vp"),
+        ({"diffusion": "SBDM"}, "'SBDM' .*increasing-decreasing"),
+        ({"atol": 0.0}, "atol 0.0"),
+        ({"rtol": float("nan")}, "rtol nan"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerSettings(**settings)
 
 
 @pytest.mark.parametrize("text", ["", "euler", "sde-5", "sde2.5", "dopri8", "heun", "R3"])

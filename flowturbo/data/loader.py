@@ -1,0 +1,164 @@
+"""Training samples by number, and the loader that shares each step's batch between ranks and workers.
+
+Sample number k of a run (k counts over all steps and ranks) is a pure function of (data, seed, k): which image,
+whether it is flipped, and what the objective draws for it. A run goes on exactly by starting at another k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flowturbo.data.folders import TrainingData
+from flowturbo.data.randomness import Stream, keyed_generator
+from flowturbo.system.distributed import World
+
+MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+
+
+class Batch(NamedTuple):
+    """Training samples, one in each row."""
+
+    images: Tensor  # (N, C, H, W) uint8, or the moments (N, 2C, h, w) float16 of cached latents
+    labels: Tensor  # (N,) int64
+    numbers: Tensor  # (N,) int64: the sample numbers
+    draws: Any  # what the objective has drawn for them: a named tuple of tensors with N rows
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, copied without waiting where the memory is pinned."""
+        return self.each(lambda value: value.to(device, non_blocking=True))
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The samples start..stop-1."""
+        return self.each(lambda value: value[start:stop])
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """What a function makes of every tensor."""
+        images, labels, numbers = map(function, self[:3])
+        return Batch(images, labels, numbers, self.draws._make(map(function, self.draws)))
+
+
+class TrainingSamples(Dataset):
+    """Batches of `data` by sample numbers, with all the randomness keyed by (seed, number).
+
+    Each pass over the data is a permutation drawn from (seed, pass). `draw` is the objective's: it is called with the
+    numbers of a batch, in the loader's workers. It may use Stream.TRAINING of each number after its first uniform
+    draw, which decides the flip.
+    """
+
+    def __init__(self, data: TrainingData, seed: int, draw: Callable[[Sequence[int]], Any], *, flip: bool = True):
+        self.data, self.seed, self.draw, self.flip = data, seed, draw, flip
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return keyed_generator(self.seed, epoch, Stream.ORDER).permutation(len(self.data))
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        images, labels = [], []
+        for number in numbers:
+            epoch, position = divmod(number, len(self.data))
+            flipped = self.flip and keyed_generator(self.seed, number, Stream.TRAINING).random() < 0.5
+            image, label = self.data.read(int(self._order(epoch)[position]), flipped)
+            images.append(image)
+            labels.append(label)
+        return Batch(
+            torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(numbers), self.draw(numbers)
+        )
+
+
+def micro_batch(micro: int, global_batch_size: int) -> range:
+    """The positions in the global batch of micro-batch number `micro` of the exact mode."""
+    return range(global_batch_size * micro // MICRO_BATCHES, global_batch_size * (micro + 1) // MICRO_BATCHES)
+
+
+class StepSampler(Sampler[list[int]]):
+    """The sample numbers of this rank's share of each step's global batch, from step `first` to `last`.
+
+    With `exact` the share is one of whole micro-batches.
+    """
+
+    def __init__(self, global_batch_size: int, world: World, first: int, last: int, exact: bool = False):
+        share = world.share(global_batch_size)
+        if exact:
+            micro = world.share(MICRO_BATCHES)
+            share = range(
+                micro_batch(micro.start, global_batch_size).start, micro_batch(micro.stop, global_batch_size).start
+            )
+        self.global_batch_size, self.share = global_batch_size, share
+        self.first, self.last = first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield [step * self.global_batch_size + i for i in self.share]
+
+
+def training_loader(
+    samples: TrainingSamples,
+    global_batch_size: int,
+    world: World,
+    *,
+    first: int,
+    last: int,
+    workers: int,
+    exact: bool = False,
+) -> DataLoader:
+    """Batches for the steps first..last-1 of this rank.
+
+    Raises ValueError for a batch smaller than the world, or in exact mode than its micro-batches.
+    """
+    least = MICRO_BATCHES if exact else world.size
+    if global_batch_size < least or (exact and world.size > MICRO_BATCHES):
+        raise ValueError(
+            f"global batch size {global_batch_size} over {world.size} ranks: needs at least {least} samples"
+            + (f" and at most {MICRO_BATCHES} ranks in exact mode" if exact else "")
+        )
+    return _Loader(
+        samples,
+        batch_sampler=StepSampler(global_batch_size, world, first, last, exact),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+
+
+class _Loader(DataLoader):
+    """A loader whose workers hear no signal before they have left the parent's group."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
+    # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
+    os.setpgrp()
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)  # forgets what came before
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    if sys.platform == "linux":  # it ends with its parent however that ends, and seconds before it would notice
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

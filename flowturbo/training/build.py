@@ -1,0 +1,101 @@
+"""What a run works with, made from its options: networks and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowturbo.data.classes import read_class_map
+from flowturbo.data.folders import ClassFolder, Subset, TrainingData
+from flowturbo.data.latents import LatentFolder, is_latent_folder
+from flowturbo.data.walk import describe
+from flowturbo.models import SiT
+from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
+from flowturbo.networks.load import load_network
+from flowturbo.networks.precision import cast, pick_precision
+from flowturbo.refiner import VelocityRefiner
+from flowturbo.sampling.generate import load_autoencoder_of
+from flowturbo.training.options import TrainingOptions
+from flowturbo.weights.checkpoint import resolve
+
+
+@dataclass(frozen=True)
+class FrozenNetworks:
+    """The networks that a run computes with but does not train, on its device."""
+
+    teacher: SiT | None  # the predictor that a refiner is trained for, its blocks in dtype; None for a predictor
+    autoencoder: Autoencoder | NoAutoencoder
+    device: torch.device
+    dtype: torch.dtype  # that is computed in
+    teacher_file: Path | None = None
+
+
+def load_frozen(options: TrainingOptions, device: torch.device) -> FrozenNetworks:
+    """Teacher, if there is one, and autoencoder.
+
+    Raises MissingWeights where a file is not here, ValueError naming one that holds something else.
+    """
+    dtype = pick_precision(options.hardware.precision, device)
+    teacher: SiT | None = None
+    file: Path | None = None
+    if options.target == "refiner":
+        file = resolve(options.refiner.model_teacher_ckpt or "", "model_teacher_ckpt")
+        teacher = load_network(SiT, str(file))
+    autoencoder = load_autoencoder_of(teacher, options.data.vae_ckpt, device)
+    teacher = None if teacher is None else cast(teacher.to(device), dtype)
+    return FrozenNetworks(teacher, autoencoder, device, dtype, file)
+
+
+def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
+    """The images, or cached latents, at the size and in the channels that the model works with.
+
+    Raises ValueError where they do not fit the model.
+    """
+    given, autoencoder, teacher = options.data, frozen.autoencoder, frozen.teacher
+    size, num_classes, channels = given.image_size, options.predictor.num_classes, options.predictor.channels
+    if teacher is not None:
+        channels, height, width = teacher.input_shape
+        size, num_classes = height * autoencoder.factor, teacher.num_classes
+        if height != width or given.image_size not in (None, size):
+            raise ValueError(f"the predictor works on {height}x{width} latents: expected image_size {size}")
+    class_map = read_class_map(given.class_map) if given.class_map else None
+    data: TrainingData
+    if is_latent_folder(given.data_path):
+        if isinstance(autoencoder, NoAutoencoder):
+            raise ValueError(f"{given.data_path} holds latents: expected their autoencoder, not vae_ckpt 'none'")
+        data = LatentFolder(given.data_path, autoencoder.fingerprint(), size, num_classes, class_map)
+    else:
+        if isinstance(autoencoder, Autoencoder):
+            channels = 3
+        data = ClassFolder(given.data_path, size or 256, channels, num_classes, class_map, given.background)
+    return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
+
+
+def notes_on(data: TrainingData) -> list[str]:
+    """What there is to say of data: entries that were passed over, and folders taken for classes by their order."""
+    whole = data.data if isinstance(data, Subset) else data
+    notes = [describe(whole.skipped)] if isinstance(whole, ClassFolder) else []
+    if isinstance(whole, (ClassFolder, LatentFolder)):
+        notes.append(whole.note)
+    return [note for note in notes if note]
+
+
+def new_model(options: TrainingOptions, frozen: FrozenNetworks, data: TrainingData) -> SiT:
+    """The network to train, freshly initialised by torch's generator: a refiner shaped after its teacher, or a SiT.
+
+    Raises ValueError for sizes that do not divide.
+    """
+    if frozen.teacher is not None:
+        return VelocityRefiner(**{**frozen.teacher.config, "depth": 1})
+    if data.image_size % frozen.autoencoder.factor:
+        raise ValueError(f"image_size {data.image_size} is not a multiple of {frozen.autoencoder.factor}")
+    return SiT(
+        input_size=data.image_size // frozen.autoencoder.factor,
+        in_channels=frozen.autoencoder.channels or options.predictor.channels,
+        num_classes=options.predictor.num_classes or len(data.classes),
+        class_dropout_prob=options.optimisation.class_dropout,
+        learn_sigma=options.predictor.learn_sigma,
+        **options.predictor.size(),
+    )

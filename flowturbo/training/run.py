@@ -1,0 +1,123 @@
+"""A run: its updates, one batch after another, and what it saves on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from flowturbo.data.folders import TrainingData
+from flowturbo.data.loader import Batch, TrainingSamples, training_loader
+from flowturbo.data.pictures import grid, save_png
+from flowturbo.networks.precision import cast
+from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.system.distributed import World
+from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.log import RunLog
+from flowturbo.training.objective import Objective
+from flowturbo.training.options import Optimisation, TrainingOptions
+from flowturbo.training.step import State, Update, update
+from flowturbo.training.stopping import StopRequest
+from flowturbo.transport.guidance import Guidance
+from flowturbo.transport.spec import SamplerSettings
+from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
+
+
+@dataclass
+class Run:
+    """A run under way. `optimisation` has its steps in all; `record` is what its checkpoints say of it."""
+
+    options: TrainingOptions
+    optimisation: Optimisation
+    ranks: World
+    state: State
+    folder: Path
+    record: dict[str, Any]
+    frozen: FrozenNetworks
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps have been made."""
+        return self.state.step >= self.optimisation.steps
+
+    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+        """Batches for the steps that are left, of this rank's share."""
+        optimisation = self.optimisation
+        return training_loader(
+            TrainingSamples(data, optimisation.seed, objective.draw, flip=self.options.data.flip),
+            optimisation.global_batch_size,
+            self.ranks,
+            first=self.state.step,
+            last=optimisation.steps,
+            workers=self.options.data.num_workers,
+            exact=optimisation.exact,
+        )
+
+    def fit(
+        self, batches: Iterable[Batch], objective: Callable[[Batch], Tensor], stop: StopRequest, log: RunLog
+    ) -> None:
+        """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
+
+        What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
+        sampled before every step so far was found finite.
+        """
+        state, output, main = self.state, self.options.output, self.ranks.is_main
+        before: Update | None = None
+        for batch in batches:
+            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
+            log.advance(state.step, self.optimisation.global_batch_size)
+            logs, saves, samples = (
+                self.is_done or bool(every and state.step % every == 0)
+                for every in (output.log_every, output.ckpt_every, output.sample_every)
+            )
+            stopping = before is not None and before.stop
+            if stopping or logs or saves or samples:
+                stopping |= told.stop
+            before = told
+            if logs or stopping:
+                log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm)
+            if main and (saves or stopping):
+                log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
+            if stopping:
+                return
+            if main and samples and output.sample_every:
+                save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""
+        output = self.options.output
+        checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
+        path = checkpoints.path(self.state.step)
+        checkpoints.record(path, self.state.save(path, self.record))
+        return path
+
+    def picture(self) -> Image.Image:
+        """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.
+
+        The networks are as users sample with them: the EMA's blocks and the autoencoder in the run's precision, in
+        copies.
+        """
+        frozen, teacher, dtype = self.frozen, self.frozen.teacher, self.frozen.dtype
+        ema: Any = deepcopy(self.state.ema)
+        cast(ema, dtype)
+        networks = Networks(
+            ema if teacher is None else teacher,
+            None if teacher is None else ema,
+            frozen.autoencoder if dtype == torch.float32 else deepcopy(frozen.autoencoder).to(dtype),
+            frozen.device,
+        )
+        count, has_null = networks.predictor.num_classes, networks.predictor.class_dropout_prob > 0
+        guidance = Guidance(self.options.output.cfg_scale if has_null else 1.0)
+        settings = SamplerSettings(guidance, path_type=self.options.predictor.path_type)
+        classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
+        names = ["H8"] if teacher is None else ["H8", "H1P5R3"]
+        samplers = [ImageSampler(networks, name, settings) for name in names]
+        rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
+        return grid(rows, [f"{name}  cfg {guidance.scale:g}" for name in names])

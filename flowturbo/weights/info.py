@@ -1,0 +1,68 @@
+"""What a checkpoint says of the network in it, and of how that was trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flowturbo.transport.path import PATHS
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of its weights; empty where it says nothing, as the public ones.
+
+    `model`: the class of the network and its keyword arguments; `training`: the settings of the run; `config`: all
+    that there is, these two included.
+    """
+
+    path: Path
+    step: int | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: str | os.PathLike[str]) -> CheckpointInfo:
+        """From a checkpoint's content. Raises ValueError for a config that is none."""
+        config = content.get("config", {})
+        parts = [config.get(name, {}) for name in ("model", "training")] if isinstance(config, Mapping) else [config]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError(f"checkpoint {os.fspath(path)!r} is damaged: its config is no table of settings")
+        step, (model, training) = content.get("step", config.get("step")), parts
+        return cls(Path(path), step if isinstance(step, int) else None, model, training, config)
+
+    @property
+    def path_type(self) -> str | None:
+        """The interpolation path that the network was trained on; None where that is not known."""
+        found = self.training.get("path_type")
+        return found if isinstance(found, str) and found in PATHS else None
+
+
+def empty_network(
+    kind: type[Module], config: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> Module:
+    """A network of that kind by its config, without memory for its weights: on the meta device.
+
+    Raises ValueError naming the checkpoint where its config describes none, or another one.
+    """
+    try:
+        arguments = dict(config)
+        name = arguments.pop("class", kind.__name__)
+        if name != kind.__name__:
+            raise ValueError(f"it holds a {name}, expected a {kind.__name__}")
+        if arguments.get("depth", 1) > len(weights):  # a block has many weights; building it would take forever
+            raise ValueError(f"its config has {arguments['depth']} blocks, its weights have not")
+        with torch.device("meta"):  # no time for an initialisation that is overwritten
+            return kind(**arguments)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {os.fspath(path)!r} holds no {kind.__name__}: {reason}") from None

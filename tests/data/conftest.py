@@ -1,0 +1,52 @@
+import hashlib
+
+import pytest
+import torch
+
+from flowturbo.data.caching import cache_latents
+from flowturbo.data.folders import ClassFolder
+from flowturbo.data.options import CachingOptions
+from flowturbo.data.pictures import from_uint8
+from flowturbo.system.distributed import World
+
+
+class Encoder:
+    """Moments from means over 2x2 pixels: what an autoencoder has of methods, at no cost."""
+
+    factor = 2
+
+    def __init__(self, weights=(1.0, -0.5)):
+        self.weights, self.dtype, self.encoded = weights, torch.float32, 0
+
+    def fingerprint(self):
+        return hashlib.sha256(repr(self.weights).encode()).hexdigest()
+
+    def moments(self, images):
+        self.encoded += len(images)
+        small = torch.nn.functional.avg_pool2d(images.to(self.dtype), 2)
+        return torch.cat([small * weight for weight in self.weights], dim=1)
+
+    def of_bytes(self, image):
+        """The moments of one uint8 image (3, H, W), as an array."""
+        return self.moments(from_uint8(torch.from_numpy(image.copy())[None]))[0].numpy()
+
+    def to(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    return Encoder
+
+
+@pytest.fixture(scope="session")
+def cached():
+    """cached(images, root, encoder, **options) -> what caching the latents of a folder has done, in this process."""
+
+    def cache(images, root, encoder=None, image_size=16, background="white", **options):
+        options = CachingOptions(**{"batch_size": 3, "shard_size": 4, "num_workers": 0, **options})
+        data = ClassFolder(images, image_size, background=background)
+        world = World(0, 0, 1, torch.device("cpu"))
+        return cache_latents(data, encoder or Encoder(), "tiny", root, options, world)
+
+    return cache

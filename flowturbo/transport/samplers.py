@@ -7,7 +7,7 @@ ODE solver dopri5 and the Euler-Maruyama SDE. All share `sample(z, y)`, and `dec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class FlowTurbo:
     what evaluates the steps, from this sampler.
     Raises ValueError for a schedule with R but no refiner, and for what Schedule, Guidance and the engine refuse.
     """
+
+    from_name: ClassVar[Callable[..., FlowTurbo]]  # set by `from flowturbo import FlowTurbo`: sampling/bundled.py
 
     def __init__(
         self,

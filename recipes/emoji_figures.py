@@ -1,0 +1,187 @@
+"""Figures of the package's colour model: what it draws, how near that is to its training pictures, and how well each
+schedule follows the flow.
+
+Every sample has the class of a training picture, so that both sets have the same classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowturbo.data.pictures import grid, save_png
+from flowturbo.data.randomness import keyed_noise
+from flowturbo.evaluation import GaussianStatistics, ImageFolder, frechet_distance
+from flowturbo.sampling.bundled import load_bundled
+from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.transport.guidance import Guidance
+from flowturbo.transport.samplers import FlowTurbo
+from flowturbo.transport.spec import SamplerSettings
+from flowturbo.weights.registry import MODELS
+
+SPLITS = 10  # of the data into halves
+COPY = 1 / 3  # nearer to the nearest picture than this part of the distance to the second: Yoon et al. 2023
+SCALES = (1.0, 2.0, 4.0)
+FINE = "H64"  # the solution that others are measured against, and the one that tells its own error
+CHECK = "H32"
+TRAJECTORIES = 128
+SCHEDULES = {  # by evaluations, those of the refiner included
+    6: (("H3", ""), ("H1P4", ""), ("H1P2R1", "released"), ("H1P2R2", "single")),
+    8: (("H4", ""), ("H1P6", ""), ("H1P4R1", "released"), ("H1P4R2", "single")),
+    12: (("H6", ""), ("H1P10", ""), ("H1P6R2", "released"), ("H1P8R2", "single")),
+}
+
+
+class Data(NamedTuple):
+    """The training pictures, uint8 (N, 3, 32, 32), and their classes (N,)."""
+
+    images: Tensor
+    classes: list[int]
+
+
+class Nearest(NamedTuple):
+    """For each of N images: the training picture that is nearest, and the root mean square distances (0 to 255) to
+    it and to the second nearest."""
+
+    index: Tensor
+    first: Tensor
+    second: Tensor
+
+    def copies(self) -> Tensor:
+        """Whether each image is as good as a copy (N,)."""
+        return self.first < COPY * self.second
+
+
+def report(pictures: Path, out: Path) -> str:
+    """All figures, as Markdown; the pictures of samples beside their nearest training pictures go to `out`."""
+    networks = load_bundled("colour")
+    data = read(pictures, networks)
+    model = MODELS["colour"]
+    lines = [f"N = {len(data.classes)} samples for every row, one for each picture.", ""]
+    lines += ["| samples | class accuracy | Fréchet distance | RMS distance to the nearest | copies |", "|---|---|---|---|---|"]
+    lines.append(row("the pictures themselves", data.images, data, itself=True))
+    for schedule, scale in [*((FINE, scale) for scale in SCALES), (model.schedule, model.cfg_scale)]:
+        images = draw(networks, data, schedule, scale)
+        lines.append(row(f"{schedule}, cfg {scale:g}", images, data))
+    show_nearest(images, data, out / "nearest.png")
+    return "\n".join([*lines, "", *schedules(networks, data)])
+
+
+def read(pictures: Path, networks: Networks) -> Data:
+    """The pictures that recipes.emoji renders. Raises ValueError where the model's classes are others."""
+    if networks.class_names is None:
+        raise ValueError("the model does not know what its classes are called")
+    folder = ImageFolder(pictures)
+    images = torch.from_numpy(np.concatenate(list(folder.batches(256)))).permute(0, 3, 1, 2)
+    names = networks.class_names.names
+    return Data(images, [names.index(Path(file).parent.name) for file in folder.files])
+
+
+def draw(networks: Networks, data: Data, schedule: str, scale: float, batch: int = 64) -> Tensor:
+    """A sample for each picture, of its class: uint8 (N, 3, 32, 32)."""
+    sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale)))
+    starts = range(0, len(data.classes), batch)
+    parts = [data.classes[start : start + batch] for start in starts]
+    return torch.cat([sampler(0, range(s, s + len(part)), part) for s, part in zip(starts, parts, strict=True)]).cpu()
+
+
+def nearest(images: Tensor, pictures: Tensor, itself: bool = False) -> Nearest:
+    """The nearest pictures of each image; with `itself` image k is picture k, which does not count."""
+    flat = [each.flatten(1).float() for each in (images, pictures)]
+    distances = torch.cdist(*flat) / flat[0].shape[1] ** 0.5
+    if itself:
+        distances.fill_diagonal_(float("inf"))
+    two = distances.topk(2, largest=False)
+    return Nearest(two.indices[:, 0], two.values[:, 0], two.values[:, 1])
+
+
+def class_accuracy(found: Nearest, data: Data) -> tuple[float, float]:
+    """How often the nearest picture has the class that was asked for, with its standard error."""
+    classes = torch.tensor(data.classes)
+    share = (classes[found.index] == classes).double().mean().item()
+    return share, (share * (1 - share) / len(classes)) ** 0.5
+
+
+def halves_distance(images: Tensor, data: Data) -> tuple[float, float]:
+    """Fréchet distance of half of the images to the other half of the pictures: mean and deviation over SPLITS.
+
+    Image k belongs to picture k; the halves are drawn at random. On means of 2x2 pixels, 768 numbers in [-1, 1].
+    """
+    small = [torch.nn.functional.avg_pool2d(each.float() / 127.5 - 1, 2).flatten(1) for each in (images, data.images)]
+    distances = []
+    for split in range(SPLITS):
+        order = torch.randperm(len(data.classes), generator=torch.Generator().manual_seed(split))
+        first, second = order.chunk(2)
+        sides = []
+        for features in (small[0][first], small[1][second]):
+            statistics = GaussianStatistics(features.shape[1])
+            statistics.update(features)
+            sides.append(statistics.gaussian())
+        distances.append(frechet_distance(*sides[0], *sides[1]))
+    return float(np.mean(distances)), float(np.std(distances, ddof=1))
+
+
+def row(name: str, images: Tensor, data: Data, itself: bool = False) -> str:
+    """A line of the table."""
+    found = nearest(images, data.images, itself)
+    accuracy, error = class_accuracy(found, data)
+    distance, deviation = halves_distance(images, data)
+    quartiles = found.first.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    copies = found.copies().double().mean().item()
+    of_copies = (copies * (1 - copies) / len(images)) ** 0.5
+    return (
+        f"| {name} | {accuracy:.1%} ± {error:.1%} | {distance:.2f} ± {deviation:.2f} "
+        f"| {quartiles[1]:.1f} ({quartiles[0]:.1f} to {quartiles[2]:.1f}) | {copies:.1%} ± {of_copies:.1%} |"
+    )
+
+
+def show_nearest(images: Tensor, data: Data, path: Path, columns: int = 12) -> None:
+    """Samples above their nearest training pictures: the closest, those in the middle, the farthest."""
+    found = nearest(images, data.images)
+    order = found.first.argsort()
+    middle = (len(order) - columns) // 2
+    rows, captions = [], []
+    for name, picked in (
+        ("closest", order[:columns]),
+        ("in the middle", order[middle : middle + columns]),
+        ("farthest", order[-columns:]),
+    ):
+        rows += [images[picked], data.images[found.index[picked]]]
+        captions += [f"samples, {name}", "their nearest training pictures"]
+    save_png(path, grid(rows, captions, least_side=64))
+
+
+def schedules(networks: Networks, data: Data) -> list[str]:
+    """The table of schedules: root mean square distance of their end points, in [-1, 1], to those of FINE."""
+    picked = np.linspace(0, len(data.classes) - 1, TRAJECTORIES).round().astype(int)
+    y = torch.tensor([data.classes[k] for k in picked])
+    z = keyed_noise(0, range(TRAJECTORIES), networks.predictor.input_shape)
+    exact = {scale: end_points(networks, z, y, FINE, scale) for scale in SCALES}
+    head = " | ".join(f"cfg {scale:g}" for scale in SCALES)
+    lines = [f"{TRAJECTORIES} trajectories; ± is the standard error of the mean over them.", ""]
+    lines += [f"| evaluations | schedule | {head} |", "|---" * (2 + len(SCALES)) + "|"]
+    for count, rows in {**SCHEDULES, 2 * int(CHECK[1:]): ((CHECK, ""),)}.items():
+        for schedule, form in rows:
+            cells = [
+                rms(end_points(networks, z, y, schedule, scale, form or "released") - exact[scale]) for scale in SCALES
+            ]
+            lines.append(f"| {count} | {schedule} {form}".rstrip() + " | " + " | ".join(cells) + " |")
+    return lines
+
+
+def end_points(
+    networks: Networks, z: Tensor, y: Tensor, schedule: str, scale: float, refiner_step: str = "released"
+) -> Tensor:
+    """Where the schedule takes the noise z (N, C, H, W)."""
+    sampler = FlowTurbo(networks.predictor, networks.refiner, schedule, scale, refiner_step)
+    return torch.cat([sampler.sample(a, b) for a, b in zip(z.split(64), y.split(64), strict=True)])
+
+
+def rms(difference: Tensor) -> str:
+    """Mean over the images of the root mean square, with its standard error."""
+    each = difference.flatten(1).square().mean(dim=1).sqrt()
+    return f"{each.mean():.4f} ± {each.std() / len(each) ** 0.5:.4f}"

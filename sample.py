@@ -50,7 +50,9 @@ class Options:
         "model's first eight)",
         metavar="CLASS",
     )
-    num_images: int | None = option(None, "how many, going round the classes (default: one of each, or the model's own)")
+    num_images: int | None = option(
+        None, "how many, going round the classes (default: eight of each where classes have names, else one)"
+    )
     batch_size: int = option(16, "images sampled at once")
     out: str | None = option(None, "(default: samples/SCHEDULE-cfgSCALE-seedSEED.png)", metavar="PNG")
 
@@ -106,7 +108,8 @@ def pick_classes(options: Options, num_classes: int, names: ClassNames | None) -
 
     default = CLASSES if num_classes == IMAGENET_CLASSES else [str(c) for c in range(min(8, num_classes))]
     classes = [class_index(name, num_classes, names) for name in options.classes or default]
-    count = options.num_images or len(classes)
+    each = COLUMNS if names is not None and not options.compare else 1
+    count = options.num_images or each * len(classes)
     return [classes[i % len(classes)] for i in range(count)]
 
 

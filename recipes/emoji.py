@@ -42,7 +42,10 @@ FULL = Recipe(
         *("--lr-schedule", "cosine", "--time-distribution", "logit-normal", "--ema-decay", "0.9995"),
         *("--steps", "11000", "--ckpt-every", "500"),
     ),
-    refiner=("--global-batch-size", "32", "--lr", "1e-3", "--warmup", "100", "--steps", "2000"),
+    refiner=(
+        *("--hidden-size", "128", "--num-heads", "4", "--global-batch-size", "32", "--lr", "1e-3", "--warmup", "100"),
+        *("--lr-schedule", "cosine", "--ema-decay", "0.999", "--steps", "2000"),
+    ),
 )
 SMALL = Recipe(
     predictor=(

@@ -19,7 +19,7 @@ EXTRACTORS = ("inception", "pixels", "dinov2")
 DEVICE_HELP = "auto, cuda, cuda:K or cpu"
 MODEL_PRESETS = Presets(
     "--model",
-    "a model that comes with the package; sets the defaults of the networks, the schedule, the guidance and the classes",
+    "a model that comes with the package; sets the defaults of networks, schedule, guidance and classes",
     {name: model.options() for name, model in MODELS.items()},
 )
 

@@ -27,7 +27,6 @@ class Model:
     schedule: str
     cfg_scale: float
     classes: tuple[str, ...]  # those that sample.py draws
-    num_images: int
     vae_ckpt: str = "none"
 
     def options(self) -> dict[str, Any]:
@@ -43,7 +42,6 @@ MODELS: Mapping[str, Model] = {
         schedule="H1P5R3",
         cfg_scale=2.0,
         classes=("flag", "face-smiling", "animal-mammal", "food-fruit"),
-        num_images=32,
     ),
     "digits": Model(
         about="handwritten digits, grey, 8x8 pixels",
@@ -52,7 +50,6 @@ MODELS: Mapping[str, Model] = {
         schedule="H1P5R2",
         cfg_scale=1.0,
         classes=tuple("0123456789"),
-        num_images=80,
     ),
 }
 

@@ -107,14 +107,14 @@ DATA = emoji_figures.Data(images(0, 100, 200), [0, 1, 1])
 
 def test_nearest_pictures_and_copies():
     found = emoji_figures.nearest(images(10, 60, 200), DATA.images)
-    assert found.index.tolist() == [0, 1, 2]
+    assert found.which.tolist() == [0, 1, 2]
     assert found.first.tolist() == pytest.approx([10, 40, 0])
     assert found.second.tolist() == pytest.approx([90, 60, 100])
     assert found.copies().tolist() == [True, False, True]
     assert emoji_figures.class_accuracy(found, DATA) == (1, 0)
     itself = emoji_figures.nearest(DATA.images, DATA.images, itself=True)
     assert itself.first.tolist() == pytest.approx([100, 100, 100])
-    share, error = emoji_figures.class_accuracy(itself._replace(index=torch.tensor([1, 2, 1])), DATA)
+    share, error = emoji_figures.class_accuracy(itself._replace(which=torch.tensor([1, 2, 1])), DATA)
     assert (share, error) == pytest.approx((2 / 3, (2 / 27) ** 0.5))
 
 

@@ -96,7 +96,8 @@ class StaticGraphs:
         guidance = self.sampler.guidance
         conditioning = {name: self._conditioning(name, y) for name in self.networks}
         state = State(self.networks["predictor"].to_patches(z), ())
-        differences = [torch.zeros_like(state.x) for _ in range(2)] if guidance.every > 1 else None
+        remembers = guidance.every > 1
+        differences: Sequence[Tensor] | None = [torch.zeros_like(state.x) for _ in range(2)] if remembers else None
         for step, instants, rows in zip(self.sampler.steps, numbers.instants, numbers.weights, strict=True):
             handed = [state.velocities[k] for k in step.takes]
             at = []

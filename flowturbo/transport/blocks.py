@@ -129,9 +129,10 @@ def check_refiner_step(refiner_step: str) -> None:
 class Step:
     """A block at its place in a trajectory, with everything that its times decide.
 
-    `times` are those of its evaluations, floats or what the networks take in their place; `weights` has a row for the point of each evaluation and one for the move.
-    `takes` are the velocities, by their places among those at hand, that it works with; `keeps` are those, by their
-    places among those at hand and its own after them, that are at hand afterwards.
+    `times` are those of its evaluations, floats or what the networks take in their place; `weights` has a row for the
+    point of each evaluation and one for the move. `takes` are the velocities, by their places among those at hand,
+    that it works with; `keeps` are those, by their places among those at hand and its own after them, that are at hand
+    afterwards.
     """
 
     block: Block

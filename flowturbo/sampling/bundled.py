@@ -10,6 +10,7 @@ from flowturbo.sampling.options import NetworkOptions
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import FlowTurbo
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 from flowturbo.weights.registry import MODELS, Model
 
 Sampler = TypeVar("Sampler", bound=FlowTurbo)
@@ -34,8 +35,9 @@ def load_bundled(name: str, refiner: bool = True, device: str = "auto") -> Netwo
 def from_name(
     kind: type[Sampler],
     name: str,
-    schedule: str | Schedule | None = None,
+    schedule: str | Schedule | Solver | None = None,
     cfg_scale: float | Guidance | None = None,
+    refiner_step: str | None = None,
     *,
     device: str = "auto",
     **settings: Any,
@@ -46,7 +48,7 @@ def from_name(
     Raises ValueError for an unknown name, and as FlowTurbo does.
     """
     model = find_bundled(name)
-    parsed = Schedule.parse(schedule or model.schedule)
-    networks = load_bundled(name, parsed.has_refiner, device)
+    schedule = Schedule.parse(schedule or model.schedule) if not isinstance(schedule, Solver) else schedule
+    networks = load_bundled(name, schedule.has_refiner, device)
     scale = model.cfg_scale if cfg_scale is None else cfg_scale
-    return kind(networks.predictor, networks.refiner, parsed, scale, **settings)
+    return kind(networks.predictor, networks.refiner, schedule, scale, refiner_step or model.refiner_step, **settings)

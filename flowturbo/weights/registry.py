@@ -27,6 +27,7 @@ class Model:
     schedule: str
     cfg_scale: float
     classes: tuple[str, ...]  # those that sample.py draws
+    refiner_step: str = "single"
     vae_ckpt: str = "none"
 
     def options(self) -> dict[str, Any]:

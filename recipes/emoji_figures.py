@@ -20,20 +20,24 @@ from flowturbo.sampling.bundled import load_bundled
 from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import FlowTurbo
+from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.spec import SamplerSettings
 from flowturbo.weights.registry import MODELS
 
 SPLITS = 10  # of the data into halves
 COPY = 1 / 3  # nearer to the nearest picture than this part of the distance to the second: Yoon et al. 2023
 SCALES = (1.0, 2.0, 4.0)
-SAMPLED = "H8"
-FINE, CHECK = "H48", "H24"  # the solution that others are measured against, and one that shows how good it is
+SAMPLED = "M15"
+FINE, CHECK = "M95", "M47"  # the solution that others are measured against, and one that shows how good it is
 TRAJECTORIES = 96
-SCHEDULES = {  # by evaluations, those of the refiner included
-    6: (("H3", ""), ("H1P4", ""), ("H1P2R1", "released"), ("H1P2R2", "single")),
-    8: (("H4", ""), ("H1P6", ""), ("H1P4R1", "released"), ("H1P4R2", "single")),
-    12: (("H6", ""), ("H1P10", ""), ("H1P6R2", "released"), ("H1P8R2", "single")),
-}
+BUDGETS = (6, 8, 12)  # evaluations, the refiner's included
+
+
+def of_budget(n: int) -> list[tuple[str, str]]:
+    """The schedules of n evaluations that are compared, with the form of their R blocks."""
+    plain = [f"H{n // 2}", f"P{n - 1}", f"A{n}", f"F{n - 1}", f"M{n - 1}", f"M{n - 1}L1"]
+    refined = [(f"H1P{n - 4}R1", "released"), (f"P{n - 2}R1", "single"), (f"M{n - 2}R1", "midpoint")]
+    return [*((schedule, "") for schedule in plain), *refined]
 
 
 class Data(NamedTuple):
@@ -65,7 +69,7 @@ def report(pictures: Path, out: Path) -> str:
     lines += ["| samples | class accuracy | Fréchet distance | distance to the nearest | copies |", "|---" * 5 + "|"]
     lines.append(row("the pictures themselves", data.images, data, itself=True))
     for schedule, scale in [*((SAMPLED, scale) for scale in SCALES), (model.schedule, model.cfg_scale)]:
-        images = draw(networks, data, schedule, scale)
+        images = draw(networks, data, schedule, scale, model.refiner_step)
         lines.append(row(f"{schedule}, cfg {scale:g}", images, data))
     show_nearest(images, data, out / "nearest.png")
     return "\n".join([*lines, "", *schedules(networks, data)])
@@ -81,9 +85,9 @@ def read(pictures: Path, networks: Networks) -> Data:
     return Data(images, [names.index(Path(file).parent.name) for file in folder.files])
 
 
-def draw(networks: Networks, data: Data, schedule: str, scale: float, batch: int = 64) -> Tensor:
+def draw(networks: Networks, data: Data, schedule: str, scale: float, form: str = "single", batch: int = 64) -> Tensor:
     """A sample for each picture, of its class: uint8 (N, 3, 32, 32)."""
-    sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale)))
+    sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale), form))
     starts = range(0, len(data.classes), batch)
     parts = [data.classes[start : start + batch] for start in starts]
     return torch.cat([sampler(0, range(s, s + len(part)), part) for s, part in zip(starts, parts, strict=True)]).cpu()
@@ -164,12 +168,11 @@ def schedules(networks: Networks, data: Data) -> list[str]:
     head = " | ".join(f"cfg {scale:g}" for scale in SCALES)
     lines = [f"{TRAJECTORIES} trajectories; ± is the standard error of the mean over them.", ""]
     lines += [f"| evaluations | schedule | {head} |", "|---" * (2 + len(SCALES)) + "|"]
-    for count, rows in {**SCHEDULES, 2 * int(CHECK[1:]): ((CHECK, ""),)}.items():
-        for schedule, form in rows:
-            cells = [
-                rms(end_points(networks, z, y, schedule, scale, form or "released") - exact[scale]) for scale in SCALES
-            ]
-            lines.append(f"| {count} | {schedule} {form}".rstrip() + " | " + " | ".join(cells) + " |")
+    for schedule, form in [*(each for n in BUDGETS for each in of_budget(n)), (CHECK, "")]:
+        count = " + ".join(str(n) for n in Schedule.parse(schedule).evaluations(form or "released") if n)
+        ends = [end_points(networks, z, y, schedule, scale, form or "released") for scale in SCALES]
+        cells = " | ".join(rms(end - exact[scale]) for end, scale in zip(ends, SCALES, strict=True))
+        lines.append(f"| {count} | {schedule} {form}".rstrip() + f" | {cells} |")
     return lines
 
 

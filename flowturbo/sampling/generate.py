@@ -137,8 +137,8 @@ def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Au
 class ImageSampler:
     """Makes uint8 images of sample numbers and classes: what is drawn for a sample depends on (seed, number) alone.
 
-    With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included. Without
-    `decode` it makes latents.
+    With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included.
+    Without `decode` it makes latents.
     Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own.
     """
 

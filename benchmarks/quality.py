@@ -29,9 +29,10 @@ from flowturbo.planning.fidelity import Draws, Estimate, Fidelity, fine_end_poin
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import Networks, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import FlowTurbo
-from flowturbo.transport.spec import SamplerSettings, SamplerSpec
+from flowturbo.transport.spec import SamplerSettings
 
 SEED = 1_000_003  # of the noise: no training, no search and no grid draws from it
 TIMED = 64  # images in a timed call
@@ -147,7 +148,7 @@ def candidate(
         network = static_graph(networks.predictor) if compile else networks.predictor
         peer = PeerSampler(network, name, settings.guidance)
         return Candidate(label or name, peer.evaluations(), peer.rows(), peer.sample)
-    spec = SamplerSpec.parse(name)
+    spec = parse_sampler(name)
     sampler = spec.build(networks.predictor, networks.refiner, settings, StaticGraphs if compile else None)
     if not isinstance(sampler, FlowTurbo):
         raise ValueError(f"{name} chooses its own evaluations: the table is of schedules")

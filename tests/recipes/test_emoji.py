@@ -11,6 +11,7 @@ from PIL import Image
 
 import train
 from flowturbo.sampling.bundled import load_bundled
+from flowturbo.transport import Schedule
 from flowturbo.weights.registry import MODELS
 from recipes import emoji, emoji_figures, emoji_pictures
 
@@ -126,8 +127,10 @@ def test_the_distance_of_halves_grows_with_a_shift():
     assert 0 < spread < same < darker
 
 
-def test_end_points_are_told_with_their_standard_error():
-    assert emoji_figures.rms(torch.tensor([1.0, 1.0, 3.0, 3.0])[:, None]) == "2.0000 ± 0.5774"
+def test_schedules_are_compared_at_equal_evaluations():
+    for n in emoji_figures.BUDGETS:
+        for schedule, form in emoji_figures.of_budget(n):
+            assert sum(Schedule.parse(schedule).evaluations(form or "released")) == n
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_files(network_options, any(spec.needs_refiner for spec in specs))
     networks = load_networks(network_options, files)
     classes = pick_classes(options, networks.predictor.num_classes, networks.class_names)
-    settings = sampling.settings(networks.path_type or "linear")
+    settings = sampling.settings(networks.path_type, networks.refiner_step)
     # All are built first: a mistake in the last shows before the first is sampled.
     samplers = [ImageSampler(networks, spec, settings, network_options.compile) for spec in specs]
     if len(samplers) > 1:  # so that no row's time contains the device's start-up or a compilation

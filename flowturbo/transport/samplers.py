@@ -93,6 +93,16 @@ class FlowTurbo:
         check_batch(z, y, self.predictor)
         yield from self.engine.trajectory(z, y)
 
+    def going_on(self, state: State, y: Tensor, first: int = 0) -> Iterator[State]:
+        """The State after each step from number `first` on, of trajectories that the steps before have brought here.
+
+        Not decoded, without the engine, and with gradients. Where guidance is at some evaluations only, the first of
+        the predictor's must be one that has its null branch.
+        """
+        networks = guided(self.guidance, y, self.predictor, self.refiner)
+        steps = [replace(step, times=at) for step, at in zip(self.steps, self.guidance.instants(self.steps))]
+        return integrate(steps[first:], state.x, networks.velocity, networks.refine, state.velocities)
+
 
 class Eager:
     """Evaluates one operation after another."""
@@ -107,10 +117,7 @@ class Eager:
         return x if self.sampler.decode is None else self.sampler.decode(x)
 
     def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
-        sampler = self.sampler
-        networks = guided(sampler.guidance, y, sampler.predictor, sampler.refiner)
-        steps = [replace(s, times=at) for s, at in zip(sampler.steps, sampler.guidance.instants(sampler.steps))]
-        return integrate(steps, z, networks.velocity, networks.refine)
+        return self.sampler.going_on(State(z, ()), y)
 
 
 class ODESampler:

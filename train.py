@@ -3,7 +3,7 @@
 Usage:
   torchrun --nnodes=1 --nproc_per_node=1 train.py --data-path DIR --model-teacher-ckpt predictor.pt
   python train.py --target predictor --data-path DIR --model SiT-B/2      # one process needs no torchrun
-  python train.py --recipe endpoint --schedule M4R1 --refiner-step midpoint --model-teacher-ckpt predictor.pt   # no images
+  python train.py --recipe endpoint --schedule M4R1 --refiner-step midpoint --model-teacher-ckpt FILE   # no images
 """
 
 from __future__ import annotations

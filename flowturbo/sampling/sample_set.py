@@ -109,7 +109,9 @@ def record_of(
     return {
         **{name: getattr(options, name) for name in ("num_fid_samples", "per_proc_batch_size", "labels", "png")},
         **{name: getattr(network_options, name) for name in ("quantize", "compile")},
-        **{name: getattr(sampling, name) for name in ("cfg_scale", "cfg_channels", "atol", "rtol", "diffusion", "seed")},
+        **{
+            name: getattr(sampling, name) for name in ("cfg_scale", "cfg_channels", "atol", "rtol", "diffusion", "seed")
+        },
         **{name: getattr(settings, name) for name in ("refiner_step", "path_type")},
         "schedule": str(sample_set.sampler),
         "cfg_interval": list(sampling.cfg_interval),

@@ -66,17 +66,16 @@ class EndpointMatching:
         if not data.cache(place, channels, lambda numbers: self.records(numbers, ranks.device), ranks, stop):
             return False
         if ranks.is_main:
-            prefix, free = (
-                Schedule(blocks, self.schedule.grid)
-                for blocks in (self.schedule.prefix, self.schedule.blocks.replace("R", "L"))
-            )
-            self.known = {"rmse_free": self._rmse_of(free, ranks.device), "rmse_prefix": self._rmse_of(prefix, ranks.device)}
-            log.say(
-                f"end-point RMSE to {self.reference} over {HELD_OUT} held-out noises: rmse is {self.schedule}'s, "
-                f"rmse_free {free}'s, {self.known['rmse_free']:.4f}, rmse_prefix {prefix}'s, "
-                f"{self.known['rmse_prefix']:.4f}"
-            )
+            for name, blocks in self._rivals.items():
+                rival = Schedule(blocks, self.schedule.grid)
+                self.known[name] = self._rmse_of(rival, ranks.device)
+                log.say(f"held-out end-point RMSE of {rival}, {name} in the log: {self.known[name]:.4f}")
         return True
+
+    @property
+    def _rivals(self) -> dict[str, str]:
+        """The blocks that need no refiner, by the names of their figures: L in place of R, and the prefix alone."""
+        return {"rmse_free": self.schedule.blocks.replace("R", "L"), "rmse_prefix": self.schedule.prefix}
 
     @torch.no_grad()
     def figures(self, ema: nn.Module) -> Mapping[str, float]:

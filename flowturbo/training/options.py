@@ -7,64 +7,34 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from flowturbo.configurations import PRECISIONS, SIT_CONFIGS
 from flowturbo.data.options import BACKGROUND_HELP, parse_background
-from flowturbo.sampling.options import DEVICE_HELP, REFINER_STEP_HELP, GuidanceOptions
-from flowturbo.system.options import option, seed
-from flowturbo.transport.blocks import BLOCKS, REFINER_STEPS
-from flowturbo.transport.losses import MAX_DT, RECIPES, TIME_DISTRIBUTIONS
+from flowturbo.sampling.options import DEVICE_HELP, GuidanceOptions
+from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, PART, POSITIVE, Group, Range, option, seed
+from flowturbo.training.recipe import ENDPOINT, ENDPOINT_DEFAULTS, RefinerOptions
+from flowturbo.transport.losses import TIME_DISTRIBUTIONS
 from flowturbo.transport.path import PATHS
-from flowturbo.transport.schedule import Schedule
 
 # What differs between the targets; the refiner's are the paper's (section 4.1), the predictor's SiT's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "refiner": {"global_batch_size": 18, "lr": 5e-5, "steps": 30_000},
     "predictor": {"global_batch_size": 256, "lr": 1e-4, "steps": 400_000},
 }
-ENDPOINT = "endpoint"
-ENDPOINT_DEFAULTS: dict[str, Any] = {"global_batch_size": 64, "lr": 1e-3, "steps": 3000}  # measured on digits alone
 LR_SCHEDULES = ("constant", "cosine")
 
 
-class Range(NamedTuple):
-    """The values that a number may have."""
-
-    contains: Callable[[float], bool]  # False for nan
-    text: str
-
-
-AT_LEAST_0 = Range(lambda value: value >= 0, "be at least 0")
-AT_LEAST_1 = Range(lambda value: value >= 1, "be at least 1")
-POSITIVE = Range(lambda value: value > 0, "be positive")
-PART = Range(lambda value: 0 <= value < 1, "lie in [0, 1)")
-
-
 @dataclass(frozen=True)
-class _Group:
-    """Checks its values by what their fields declare. Raises ValueError for impossible ones."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value, choices, within = (getattr(self, each.name), *map(each.metadata.get, ("choices", "within")))
-            if value is not None and choices and value not in choices:
-                raise ValueError(f"{each.name} {value!r} must be one of {', '.join(map(str, choices))}")
-            if value is not None and within and not within.contains(value):
-                raise ValueError(f"{each.name} {value} must {within.text}")
-
-
-@dataclass(frozen=True)
-class Target(_Group):
+class Target(Group):
     """What is trained."""
 
     target: str = option("refiner", "which network to train", choices=tuple(DEFAULTS), shapes=True)
 
 
 @dataclass(frozen=True)
-class DataOptions(_Group):
+class DataOptions(Group):
     """What is trained on."""
 
     data_path: str | None = option(
@@ -96,45 +66,7 @@ class DataOptions(_Group):
 
 
 @dataclass(frozen=True)
-class RefinerOptions(_Group):
-    """How a refiner is trained."""
-
-    model_teacher_ckpt: str | None = option(
-        None, "the trained predictor that is refined: a checkpoint or a run", metavar="FILE"
-    )
-    recipe: str = option(
-        "paper",
-        "the paper's loss, the released code's, or endpoint: through the R blocks of one schedule, to where a finer "
-        "solution from the same noise ends",
-        choices=(*RECIPES, ENDPOINT),
-        shapes=True,
-    )
-    max_dt: float = option(
-        MAX_DT,
-        "upper end of the time offset Δ",
-        within=Range(lambda value: 0 < value < 1, "lie in (0, 1)"),
-        shapes=True,
-    )
-    schedule: str = option("H1P5R3", "what recipe endpoint trains for, its R blocks last; and of the sample grids")
-    refiner_step: str = option("released", REFINER_STEP_HELP, choices=REFINER_STEPS)
-    trajectories: int = option(
-        4096, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
-    )
-    reference: str = option("M32", "the schedule of the finer solutions, without R")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        schedule, reference = Schedule.parse(self.schedule), Schedule.parse(self.reference)
-        if reference.has_refiner:
-            raise ValueError(f"reference {reference} must be of the predictor alone, without R")
-        if self.recipe == ENDPOINT:
-            tail = schedule.blocks[len(schedule.prefix) :]
-            if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
-                raise ValueError(f"recipe endpoint trains through the R blocks at a schedule's end, {schedule} has none")
-
-
-@dataclass(frozen=True)
-class PredictorOptions(_Group):
+class PredictorOptions(Group):
     """Which predictor is trained, and how. What is None is the named size's."""
 
     model: str = option("SiT-XL/2", "named size", choices=tuple(SIT_CONFIGS))
@@ -160,7 +92,7 @@ class PredictorOptions(_Group):
 
 
 @dataclass(frozen=True)
-class Optimisation(_Group):
+class Optimisation(Group):
     """How the weights are updated, how often, and from which randomness.
 
     None for what differs between the targets stands for the target's own: TrainingOptions fills it in.
@@ -169,7 +101,9 @@ class Optimisation(_Group):
     global_batch_size: int = option(
         None, "over all ranks (default: refiner 18, recipe endpoint 64, predictor 256)", within=AT_LEAST_1, shapes=True
     )
-    steps: int = option(None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1)
+    steps: int = option(
+        None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1
+    )
     max_hours: float | None = option(None, "stop cleanly, with a checkpoint, after so many hours", within=POSITIVE)
     epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)
     lr: float = option(
@@ -228,7 +162,7 @@ def lr_factor(step: int, total: int, warmup: int = 0, schedule: str = "constant"
 
 
 @dataclass(frozen=True)
-class HardwareOptions(_Group):
+class HardwareOptions(Group):
     """What computes, and how."""
 
     device: str = option("auto", f"{DEVICE_HELP}; under torchrun each rank takes its own")
@@ -239,7 +173,7 @@ class HardwareOptions(_Group):
 
 
 @dataclass(frozen=True)
-class OutputOptions(_Group):
+class OutputOptions(Group):
     """What a run leaves, where and how often, and from where it goes on."""
 
     results_dir: str = option("results", "each run makes a folder here")
@@ -278,7 +212,9 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         Target(self.target)
         if self.data.data_path is None and not self.by_end_points:
-            raise ValueError(f"target {self.target} needs data_path, the folder of images; recipe endpoint alone does not")
+            raise ValueError(
+                f"target {self.target} needs data_path, the folder of images; recipe endpoint alone does not"
+            )
         if self.target == "refiner":
             if not self.refiner.model_teacher_ckpt:
                 raise ValueError("target refiner needs model_teacher_ckpt, the trained predictor")

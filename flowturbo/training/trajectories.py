@@ -84,7 +84,9 @@ class Trajectories:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def identity(self) -> Identity:
-        return Identity(self.fingerprint(), "the settings of trajectories, and their predictor", None, None, READING_RULES)
+        return Identity(
+            self.fingerprint(), "the settings of trajectories, and their predictor", None, None, READING_RULES
+        )
 
     def read_otherwise(self, rule: str) -> int:
         return 0  # no rule of reading images concerns them
@@ -113,30 +115,25 @@ class Trajectories:
         missing = ranks.agree(lambda: [file for file in files if not self._is_whole(file, channels)])
         if missing:
             ranks.agree(lambda: _check_room(folder, self.bytes(channels) * len(missing) // len(files)))
-        done, todo = total - sum(len(self._numbers(file)) for file in missing), missing[ranks.rank :: ranks.size]
+        left = missing[ranks.rank :: ranks.size]
         with tqdm(
             total=total,
-            initial=done,
+            initial=total - sum(len(self._numbers(file)) for file in missing),
             unit="trajectory",
             desc="caching",
             dynamic_ncols=True,
             leave=False,
             disable=not (ranks.is_main and missing),
         ) as bar:
-            for place, file in enumerate(todo):
-                if stop.wanted:
-                    break
-                numbers = self._numbers(file)
+            while left and not stop.wanted:
+                numbers = self._numbers(left[0])
                 records = make(numbers)
                 if not bool(records.isfinite().all()):
-                    raise ValueError(f"trajectories {numbers.start} to {numbers.stop - 1} of the predictor are not finite")
-                with atomic_write(self._path(file)) as out:
+                    raise ValueError(f"the predictor's trajectories {numbers[0]} to {numbers[-1]} are not finite")
+                with atomic_write(self._path(left.pop(0))) as out:
                     np.save(out, records.float().cpu().numpy())
                 bar.update(min(len(numbers) * ranks.size, total - bar.n))  # the other ranks are about as far
-            else:
-                place = len(todo)
-        left = torch.tensor([float(len(todo) - place)], device=ranks.device)
-        return bool(ranks.sum(left) == 0)
+        return float(ranks.sum(torch.tensor(float(len(left)), device=ranks.device))) == 0
 
     def _record(self, number: int) -> np.ndarray:
         file, row = divmod(number, BATCH)

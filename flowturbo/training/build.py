@@ -84,7 +84,10 @@ def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajector
         raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
     settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
     count, seed = settings.pop("trajectories"), options.optimisation.seed
-    return Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    if options.data.data_path is not None:
+        data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
+    return data
 
 
 def described(data: TrainingData) -> str:
@@ -98,7 +101,7 @@ def notes_on(data: TrainingData) -> list[str]:
     """What there is to say of data: entries that were passed over, and folders taken for classes by their order."""
     whole = data.data if isinstance(data, Subset) else data
     notes = [describe(whole.skipped)] if isinstance(whole, ClassFolder) else []
-    if isinstance(whole, (ClassFolder, LatentFolder)):
+    if isinstance(whole, (ClassFolder, LatentFolder, Trajectories)):
         notes.append(whole.note)
     return [note for note in notes if note]
 

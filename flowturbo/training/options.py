@@ -212,9 +212,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         Target(self.target)
         if self.data.data_path is None and not self.by_end_points:
-            raise ValueError(
-                f"target {self.target} needs data_path, the folder of images; recipe endpoint alone does not"
-            )
+            raise ValueError(f"target {self.target} needs data_path, the images; only recipe endpoint does without")
         if self.target == "refiner":
             if not self.refiner.model_teacher_ckpt:
                 raise ValueError("target refiner needs model_teacher_ckpt, the trained predictor")

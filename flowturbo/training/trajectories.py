@@ -47,6 +47,7 @@ class Trajectories:
         self.image_size = self.shape[1] * factor
         self.classes, self.class_indices = [], []
         self.labels = [self._label(HELD_OUT + index) for index in range(count)]
+        self.note = ""  # to tell the user
         self.folder: Path | None = None  # set by cache
         self._files: dict[int, np.ndarray] = {}  # opened where they are read, so that loader workers open their own
 

@@ -99,7 +99,8 @@ def test_a_trajectory_depends_on_seed_and_number_alone(randomise):
     z, y = data.starts(range(290, 310))
     one = data.starts([300])
     assert torch.equal(one[0][0], z[10])
-    assert int(one[1]) == int(y[10]) == data.labels[300 - HELD_OUT] if len(data) > 300 - HELD_OUT else True
+    assert int(one[1]) == int(y[10])
+    assert y[:6].tolist() == data.labels[290 - HELD_OUT : 296 - HELD_OUT]
     assert abs(float(z.mean())) < 0.05
     assert len(set(data.labels)) > 5
     other = made(randomise, count=50).data
@@ -182,6 +183,12 @@ def test_a_run_without_images_lowers_the_error_that_users_will_see(flags, teache
         assert [record[name] for record in logged][-1] == pytest.approx(float(error), rel=1e-4)
 
 
+def test_images_that_are_given_are_not_used_and_that_is_said(flags, data, tmp_path):
+    """They cannot take the place of trajectories: a script for all recipes may always name them."""
+    folder = run(tmp_path, *flags, "--steps", 1, "--data-path", data, "--trajectories", 8)
+    assert "note: recipe endpoint trains on trajectories" in (folder / "log.txt").read_text()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--steps", 7, "--ckpt-every", 3]
     whole = run(tmp_path / "whole", *flags)
@@ -234,7 +241,7 @@ def test_what_cannot_be_trained_is_one_line(flags, save_network, tmp_path):
         (["--cfg-every", "0"], "expected a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.main([*base, *more])
+            train.parse([*base, *more])
     free = save_network(tmp_path / "free.pt", in_channels=1, class_dropout_prob=0.0)
     with pytest.raises(ValueError, match="no null class to guide with: expected cfg_scale 1"):
         train.main([*base, "--model-teacher-ckpt", str(free), "--cfg-scale", "2"])

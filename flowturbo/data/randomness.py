@@ -19,6 +19,7 @@ class Stream(IntEnum):
 
     NOISE = 0  # sampling, by sample: the state at t = 0
     SDE = 1  # sampling, by sample: the noise of step k is stream SDE + k
+    EDIT = 2**62  # editing, by result: the noise of pass k > 0 is stream EDIT + k
     LABEL = 2**63  # sampling, by sample: its class
 
     TRAINING = 0  # training, by sample: flip, times, label drop, noise, in this order

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch._dynamo
@@ -21,6 +21,7 @@ from torch import Tensor
 from flowturbo.models import RunBlock, SiT, run_block
 from flowturbo.transport.blocks import Block, State, take_step
 from flowturbo.transport.branches import Branches, Guided
+from flowturbo.transport.editing import Edited, Known, Source
 from flowturbo.transport.samplers import FlowTurbo
 
 
@@ -41,6 +42,14 @@ class PatchNetwork(Protocol):
     def embed(self, *patches: Tensor) -> Tensor: ...
 
     def transform(self, tokens: Tensor, modulations: Tensor, run: RunBlock) -> Tensor: ...
+
+
+class Place(NamedTuple):
+    """What a graph takes in place of a time: the conditioning, N rows or where guided one more, and in an edit what is
+    known then, in patches."""
+
+    conditioning: Tensor
+    known: Known | None = None
 
 
 class StaticGraphs:
@@ -66,38 +75,48 @@ class StaticGraphs:
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
         self._numbers: dict[torch.device, tuple[list[list[list[Tensor | None]]], Tensor]] = {}
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
         self._tensors(z.device)
         if not (z.is_cuda and self.recording):
-            return self._sample(z, y)
-        key = (z.shape, z.dtype, z.device)
+            return self._sample(z, y, source)
+        known = source.tensors() if source is not None else {}
+        inputs = (z, y, *known.values())
+        key = (z.shape, z.dtype, z.device, *known, source and source.ramp)
+
+        def sample(z: Tensor, y: Tensor, *known: Tensor) -> Tensor:
+            return self._sample(z, y, source and source.with_tensors(known))
+
         with torch.cuda.device(z.device):
             if key not in self.recordings:
-                self.recordings[key] = record(self._sample, (z, y))
-            return self.recordings[key](z, y)
+                self.recordings[key] = record(sample, inputs)
+            return self.recordings[key](*inputs)
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, as images."""
         to_images = self.sampler.predictor.to_images  # type: ignore[attr-defined]
-        for x, velocities in self._steps(z, y):
+        for x, velocities in self._steps(z, y, source):
             yield State(to_images(x), tuple(map(to_images, velocities)))
 
-    def _sample(self, z: Tensor, y: Tensor) -> Tensor:
-        for state in self._steps(z, y):
+    def _sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
+        for state in self._steps(z, y, source):
             final = state.x
         latents = self.networks["predictor"].to_images(final)
         return latents if self.sampler.decode is None else self.sampler.decode(latents)
 
-    def _steps(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def _steps(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, in patches."""
         weights, scale = self._tensors(z.device)
         channels = self.sampler.guidance.channels
-        conditioning = {name: self._conditioning(name, y) for name in self.networks}
+        labels = y if source is None else source.all_labels(y)
+        conditioning = {name: self._conditioning(name, labels) for name in self.networks}
         state = State(self.networks["predictor"].to_patches(z), ())
         for step, rows in zip(self.sampler.steps, weights, strict=True):
             handed = [state.velocities[k] for k in step.takes]
-            given = [conditioning[stage.network][t] for stage, t in zip(step.block.stages, step.times)]
+            given = [
+                Place(conditioning[stage.network][t], self._known(source, t))
+                for stage, t in zip(step.block.stages, step.times)
+            ]
             # A block gets the networks that it evaluates: its graph does not depend on whether there are others.
             names = sorted({stage.network for stage in step.block.stages})
             used = {name: (self.networks[name], self.run[name]) for name in names}
@@ -106,6 +125,13 @@ class StaticGraphs:
             at_hand = (*state.velocities, *new)
             state = State(x, tuple(at_hand[k] for k in step.keeps))
             yield state
+
+    def _known(self, source: Source | None, t: float) -> Known | None:
+        if source is None:
+            return None
+        x, u, m, difference = source.at(self.sampler.path, t)
+        to_patches = self.networks["predictor"].to_patches
+        return Known(to_patches(x), to_patches(u), None if m is None else to_patches(m), difference)
 
     def _tensors(self, device: torch.device) -> tuple[list[list[list[Tensor | None]]], Tensor]:
         """The weights of all steps and the guidance scale on a device, made once: a recording keeps reading them."""
@@ -142,19 +168,24 @@ def block_step(
     channels: int | str,
     x: Tensor,
     handed: list[Tensor],
-    conditioning: list[Tensor],
+    places: list[Place],
     weights: list[list[Tensor | None]],
     scale: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step on states in patches (N, T, p*p, C): the function that is compiled.
 
-    `networks` are those that the block evaluates, and how the blocks of each are run. `conditioning`, in place of the
-    time of each evaluation, has N rows, or where guided one more.
+    `networks` are those that the block evaluates, and how the blocks of each are run; `places` stand for the times of
+    its evaluations.
     """
-    rows = len(x)
+    known = places[0].known if places else None
+    rows = 2 * len(x) if known is not None and known.difference else len(x)
     branches = {name: patch_branches(*network) for name, network in networks.items()}
-    guided = Guided(branches, lambda given: len(given) > rows, scale, channels, dim=-1)
-    return take_step(block, weights, conditioning, x, handed, guided.velocity, guided.refine)
+    guided = Guided(branches, lambda conditioning: len(conditioning) > rows, scale, channels, dim=-1)
+    if known is None:
+        times = [place.conditioning for place in places]
+        return take_step(block, weights, times, x, handed, guided.velocity, guided.refine)
+    edited = Edited(guided, lambda place: place.known, lambda place: place.conditioning)
+    return take_step(block, weights, places, x, handed, edited.velocity, edited.refine)
 
 
 def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:

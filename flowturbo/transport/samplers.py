@@ -6,6 +6,7 @@ ODE solver dopri5 and the Euler-Maruyama SDE. All share `sample(z, y)`, and `dec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flowturbo.transport.blocks import State, integrate
 from flowturbo.transport.branches import Guided, Network, label_branches
+from flowturbo.transport.editing import Edited, Source
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS, Path
 from flowturbo.transport.schedule import Schedule
@@ -23,13 +25,16 @@ Decode = Callable[[Tensor], Tensor]
 
 
 class Engine(Protocol):
-    """How a FlowTurbo evaluates its steps: `Eager` here, static graphs in flowturbo.networks.compiled."""
+    """How a FlowTurbo evaluates its steps: `Eager` here, static graphs in flowturbo.networks.compiled.
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    With a `source` it edits: y are the labels of what is generated.
+    """
+
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """The latents at the end, or what the sampler's `decode` makes of them."""
         ...
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, its tensors shaped as images."""
         ...
 
@@ -62,8 +67,9 @@ class FlowTurbo:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
         self.predictor, self.refiner, self.refiner_step = predictor, refiner, refiner_step
         self.guidance = cfg_scale if isinstance(cfg_scale, Guidance) else Guidance(cfg_scale)
-        self.decode = decode
-        self.engine = (engine or Eager)(self)
+        self.path, self.decode = path, decode
+        self._engine_of = engine or Eager
+        self.engine = self._engine_of(self)
 
     def __str__(self) -> str:
         return str(self.schedule)
@@ -71,6 +77,13 @@ class FlowTurbo:
     def evaluations(self) -> tuple[int, int]:
         """(predictor, refiner) evaluations of one trajectory."""
         return self.schedule.evaluations(self.refiner_step)
+
+    def over(self, start: float, end: float) -> FlowTurbo:
+        """The same sampler along another part of time, in either direction: (1, 0) inverts, from images to noise."""
+        other = copy.copy(self)
+        other.steps = self.schedule.plan(self.refiner_step, self.schedule.times(start, end))
+        other.engine = other._engine_of(other)
+        return other
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
@@ -87,6 +100,22 @@ class FlowTurbo:
         check_batch(z, y, self.predictor)
         yield from self.engine.trajectory(z, y)
 
+    @torch.no_grad()
+    def edit(self, y: Tensor, source: Source) -> Tensor:
+        """As `sample`, an edit of a known image: from where it is on its path when the first step starts."""
+        return self.engine.sample(self._start(y, source), y, source)
+
+    @torch.no_grad()
+    def edit_trajectory(self, y: Tensor, source: Source) -> Iterator[State]:
+        """As `trajectory`, of an edit."""
+        yield from self.engine.trajectory(self._start(y, source), y, source)
+
+    def _start(self, y: Tensor, source: Source) -> Tensor:
+        for labels in (y, source.labels):
+            if labels is not None:
+                check_batch(source.image, labels, self.predictor, null=True)
+        return source.at(self.path, self.steps[0].start).x
+
 
 class Eager:
     """Evaluates one operation after another."""
@@ -94,15 +123,19 @@ class Eager:
     def __init__(self, sampler: FlowTurbo):
         self.sampler = sampler
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         x = z
-        for state in self.trajectory(z, y):
+        for state in self.trajectory(z, y, source):
             x = state.x
         return x if self.sampler.decode is None else self.sampler.decode(x)
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
-        networks = guided(self.sampler.guidance, y, self.sampler.predictor, self.sampler.refiner)
-        return integrate(self.sampler.steps, z, networks.velocity, networks.refine)
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
+        sampler = self.sampler
+        labels = y if source is None else source.all_labels(y)
+        networks: Guided | Edited = guided(sampler.guidance, labels, sampler.predictor, sampler.refiner)
+        if source is not None:
+            networks = Edited(networks, lambda t: source.at(sampler.path, t))
+        return integrate(sampler.steps, z, networks.velocity, networks.refine)
 
 
 class ODESampler:
@@ -212,9 +245,10 @@ def guided(guidance: Guidance, y: Tensor, predictor: Network, refiner: Network |
     return Guided(branches, lambda t: guidance.active(float(t)), guidance.scale, guidance.channels)
 
 
-def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:
+def check_batch(z: Tensor, y: Tensor, predictor: Network, null: bool = False) -> None:
     """Raises ValueError unless y (N,) holds one integer label for each row of z, within the predictor's classes.
 
+    With `null` also the null class, if the predictor has one, whose index is the number of classes.
     Labels on another device than the CPU are not read, since that would wait for the device: they are checked where
     they are made.
     """
@@ -226,5 +260,6 @@ def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:
     classes = getattr(predictor, "num_classes", None)
     if y.device.type != "cpu" or classes is None or not len(y):
         return
-    if int(y.min()) < 0 or int(y.max()) >= classes:
+    known = classes + (null and getattr(predictor, "class_dropout_prob", 0) > 0)
+    if int(y.min()) < 0 or int(y.max()) >= known:
         raise ValueError(f"labels {int(y.min())} to {int(y.max())} must lie in 0 to {classes - 1}")

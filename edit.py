@@ -168,10 +168,10 @@ def save_images(out: Path, images: Tensor) -> None:
 
 
 def save_comparison(out: Path, made: Sequence[Edited], captions: Sequence[str]) -> None:
-    """A captioned row for each."""
+    """The original, and a captioned row for each."""
     from flowturbo.data.pictures import grid, save_png
 
-    save_png(out, grid([each.images for each in made], captions))
+    save_png(out, grid([made[0].original[None], *(each.images for each in made)], ["original", *captions]))
     print(f"saved {out}")
 
 

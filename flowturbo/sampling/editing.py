@@ -33,6 +33,7 @@ class Edited(NamedTuple):
     """The results of an edit."""
 
     images: Tensor  # uint8 (N, C, H, W): of the model's size, or of the image's with keep_size
+    original: Tensor  # uint8 (C, H, W), of the same size as those
     steps: list[Tensor]  # the states at the start and after each step, as uint8 images; empty unless asked for
     evaluations: tuple[int, int]  # of the predictor and the refiner, for each result
 
@@ -102,7 +103,8 @@ class Editor:
         self.steps = []
         latents = self._inverted(source, strength) if method == "invert" else self._passes(source, strength)
         images = canvas.finish(self._decode(latents).cpu(), options.feather, options.composite, options.keep_size)
-        return Edited(images, [self._decode(x).cpu() for x in self.steps], self.evaluations)
+        original = canvas.whole if options.keep_size else canvas.image
+        return Edited(images, original, [self._decode(x).cpu() for x in self.steps], self.evaluations)
 
     @property
     def evaluations(self) -> tuple[int, int]:

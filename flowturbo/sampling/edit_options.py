@@ -9,7 +9,7 @@ from flowturbo.system.options import option
 from flowturbo.transport.spec import SamplerSpec
 
 METHODS = ("sdedit", "flowedit", "invert")
-STRENGTHS = {"sdedit": 0.7, "flowedit": 0.9, "invert": 0.8}
+STRENGTHS = {"sdedit": 0.7, "flowedit": 0.8, "invert": 0.7}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -101,7 +101,12 @@ class Editor:
         )
         strength = options.strength_with(mask is not None)
         self.steps = []
-        latents = self._inverted(source, strength) if method == "invert" else self._passes(source, strength)
+        if method == "invert":
+            samplers = self.inverter, self.sampler
+            labels = self._labels(self.from_class), self._labels(self.to_class)
+            latents = change_by_inversion(*samplers, *labels, source, start_of(strength, self.sampler.path), self._follow)
+        else:
+            latents = self._passes(source, strength)
         images = canvas.finish(self._decode(latents).cpu(), options.feather, options.composite, options.keep_size)
         original = canvas.whole if options.keep_size else canvas.image
         return Edited(images, original, [self._decode(x).cpu() for x in self.steps], self.evaluations)
@@ -144,18 +149,9 @@ class Editor:
             source = replace(source, image=kept, noise=self._noise(k + 1))
         return x
 
-    def _inverted(self, source: Source, strength: float) -> Tensor:
-        """Back along the old class, without guidance, then on along the new one."""
-        path = self.sampler.path
-        start, end = start_of(strength, path), path.interval[1]
-        x = self._follow(self.inverter.over(end, start), self._labels(self.from_class), source.image)
-        source = replace(source, noise=noise_through(x, source.image, path, start))
-        return self._follow(self.sampler.over(start, end), self._labels(self.to_class), source)
-
     def _follow(self, sampler: FlowTurbo, y: Tensor, start: Tensor | Source) -> Tensor:
-        """The state at the end of a trajectory from a state, or of an edit."""
         if not self.keep_steps:
-            return sampler.edit(y, start) if isinstance(start, Source) else sampler.sample(start, y)
+            return follow(sampler, y, start)
         for x in _states(sampler, y, start):
             self.steps.append(x)
         return x
@@ -198,6 +194,34 @@ class Editor:
 
     def _decode(self, latents: Tensor) -> Tensor:
         return to_uint8(self.networks.autoencoder.decode(latents))
+
+
+Follow = Callable[[FlowTurbo, Tensor, Tensor | Source], Tensor]
+
+
+def follow(sampler: FlowTurbo, y: Tensor, start: Tensor | Source) -> Tensor:
+    """The state at the end of a trajectory from a state, or of an edit."""
+    return sampler.edit(y, start) if isinstance(start, Source) else sampler.sample(start, y)
+
+
+def change_by_inversion(
+    inverter: FlowTurbo,
+    sampler: FlowTurbo,
+    old: Tensor,
+    new: Tensor,
+    source: Source,
+    start: float,
+    follow: Follow = follow,
+) -> Tensor:
+    """Back from the image to time `start` along its old class (N,), then on along the new one.
+
+    Outside a mask the image is kept on the straight way from where it came to. The source's noise is not used.
+    """
+    path = sampler.path
+    end = path.interval[1]
+    x = follow(inverter.over(end, start), old, source.image)
+    source = replace(source, noise=noise_through(x, source.image, path, start))
+    return follow(sampler.over(start, end), new, source)
 
 
 def _states(sampler: FlowTurbo, y: Tensor, start: Tensor | Source) -> Iterator[Tensor]:

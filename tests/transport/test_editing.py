@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from flowturbo.networks import compiled as static_graphs
 from flowturbo.networks.compiled import StaticGraphs
@@ -247,31 +248,42 @@ def test_a_perfect_refiner_edits_as_the_predictor_does(form, gaussian):
         assert float((refined - plain).abs().max()) < close
 
 
-@pytest.mark.parametrize(
-    ("name", "guidance"),
-    [
-        ("sdedit", Guidance(1.0)),
-        ("mask over time", Guidance(2.0)),
-        ("flowedit in a mask", Guidance(2.0, 3, (0.5, 1.0))),
-    ],
-)
-def test_compiled_edits_equal_eager_ones(name, guidance, compiler, predictor, refiner, batch):
+@pytest.fixture
+def compiled_way(monkeypatch):
+    """The compiled engine's own way through the networks, in patches, without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("guidance", [Guidance(1.0), Guidance(2.0, 3, (0.5, 1.0))], ids=["free", "guided"])
+def test_compiled_edits_equal_eager_ones(name, guidance, compiled_way, predictor, refiner, batch):
     (image, y), (noise, old) = batch(3, 0), batch(3, 1)
     mask = torch.rand(3, 1, 8, 8)
     given = SOURCES[name]
     source = Source(
         image, noise, mask if given.mask is not None else None, old if given.labels is not None else None, given.ramp
     )
-    samplers = [
-        FlowTurbo(predictor, refiner, "H1P2R1", guidance, engine=engine).over(0.3, 1)
+    eager, compiled = (
+        FlowTurbo(predictor, refiner, "H1P2R1E1", guidance, engine=engine).over(0.3, 1)
         for engine in (None, StaticGraphs)
-    ]
-    with compiler("eager"):
-        plain, compiled = (sampler.edit(y, source) for sampler in samplers)
-        torch.testing.assert_close(compiled, plain, atol=2e-5, rtol=2e-5)
-        *_, last = samplers[1].edit_trajectory(y, source)
+    )
+    plain = eager.edit(y, source)
+    torch.testing.assert_close(compiled.edit(y, source), plain, atol=2e-5, rtol=2e-5)
+    *_, last = compiled.edit_trajectory(y, source)
     torch.testing.assert_close(last.x, plain, atol=2e-5, rtol=2e-5)
     assert float(plain.std()) > 0.1
+
+
+def test_an_edit_is_one_whole_graph_for_each_letter(compiler, predictor, batch):
+    """In a backend that traces and does not generate code; no graph may break."""
+    (image, y), (noise, old) = batch(2, 0), batch(2, 1)
+    source = Source(image, noise, torch.rand(1, 1, 8, 8), old, 0.1)
+    eager, compiled = (FlowTurbo(predictor, None, "H2", 2.0, engine=engine) for engine in (None, StaticGraphs))
+    graphs = counters["stats"]["unique_graphs"]
+    with compiler("eager"):
+        made = compiled.edit(y, source)
+    torch.testing.assert_close(made, eager.edit(y, source), atol=2e-5, rtol=2e-5)
+    assert counters["stats"]["unique_graphs"] - graphs == 1
 
 
 @pytest.mark.slow
@@ -286,7 +298,7 @@ def test_compiled_edits_equal_eager_ones_in_generated_code(name, predictor, refi
     torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_recorded_edit_takes_other_images_masks_and_labels(monkeypatch, compiler, predictor, batch):
+def test_a_recorded_edit_takes_other_images_masks_and_labels(monkeypatch, compiled_way, predictor, batch):
     """What CUDA graphs replay: every tensor of the source is an input."""
     recorded = []
 
@@ -298,12 +310,11 @@ def test_a_recorded_edit_takes_other_images_masks_and_labels(monkeypatch, compil
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     on_cuda = type("OnCuda", (torch.Tensor,), {"is_cuda": property(lambda self: True)})
     sampler, eager = (FlowTurbo(predictor, None, "H2", 1.0, engine=engine) for engine in (StaticGraphs, None))
-    with compiler("eager"):
-        for seed in (0, 1):
-            (image, y), (noise, old) = batch(2, seed), batch(2, seed + 5)
-            source = Source(image, noise, torch.rand(1, 1, 8, 8), old, 0.1)
-            made = sampler.engine.sample(noise.as_subclass(on_cuda), y, source)
-            torch.testing.assert_close(made.as_subclass(torch.Tensor), eager.edit(y, source), atol=2e-5, rtol=2e-5)
+    for seed in (0, 1):
+        (image, y), (noise, old) = batch(2, seed), batch(2, seed + 5)
+        source = Source(image, noise, torch.rand(1, 1, 8, 8), old, 0.1)
+        made = sampler.engine.sample(noise.as_subclass(on_cuda), y, source)
+        torch.testing.assert_close(made.as_subclass(torch.Tensor), eager.edit(y, source), atol=2e-5, rtol=2e-5)
     assert recorded == [6]  # once: start, labels, image, noise, mask, old labels
 
 

@@ -274,6 +274,7 @@ def test_compiled_edits_equal_eager_ones(name, guidance, compiled_way, predictor
     assert float(plain.std()) > 0.1
 
 
+@pytest.mark.slow
 def test_an_edit_is_one_whole_graph_for_each_letter(compiler, predictor, batch):
     """In a backend that traces and does not generate code; no graph may break."""
     (image, y), (noise, old) = batch(2, 0), batch(2, 1)

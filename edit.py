@@ -133,7 +133,9 @@ def read_inputs(files: FileOptions) -> Inputs:
         except OSError:
             raise
         except Exception as error:  # torch raises a dozen types for files that are others
-            raise ValueError(f"noise {files.noise!r} is no file that inversion writes ({type(error).__name__})") from None
+            raise ValueError(
+                f"noise {files.noise!r} is no file that inversion writes ({type(error).__name__})"
+            ) from None
     image = torch.from_numpy(read_image(str(files.image)).pixels.copy())
     mask = None if files.mask is None else read_mask(files.mask)
     if mask is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.system import cli
@@ -181,9 +181,9 @@ def round_trips(options: EditingOptions, networks: Networks, data: Data) -> Iter
             if (schedule := schedule_of(letter, evaluations)) is None:
                 continue
             sampler = sampler_of(networks, schedule, 1.0)
-            low, high = sampler.path.interval
-            back = sampler.over(high, low)
-            made = in_batches(options, networks, lambda x, y: sampler.sample(back.sample(x, y), y), images, labels)
+            back = sampler.over(*reversed(sampler.path.interval))
+            noise = in_batches(options, networks, back.sample, images, labels)
+            made = in_batches(options, networks, sampler.sample, noise, labels)
             errors = (made - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1)
             yield Row("round trip", str(schedule), evaluations, {"relative error": mean_of(errors)})
 
@@ -195,7 +195,8 @@ def class_changes(options: EditingOptions, networks: Networks, data: Data) -> It
     from flowturbo.sampling.editing import change_by_inversion
     from flowturbo.transport.editing import Source, start_of
 
-    half, whole = (schedule_of(options.change_with, n) for n in (options.change_evaluations // 2, options.change_evaluations))
+    counts = options.change_evaluations // 2, options.change_evaluations
+    half, whole = (schedule_of(options.change_with, n) for n in counts)
     if half is None or whole is None:
         raise ValueError(f"{options.change_with} blocks do not make {options.change_evaluations} evaluations and half")
     images = from_uint8(data.images[data.edited])
@@ -272,7 +273,8 @@ def inpainting(options: EditingOptions, networks: Networks, data: Data) -> Itera
                 made = completed(schedule)
                 square = ((made - exact).square() * masks).flatten(1).sum(dim=1)
                 errors = (square / (masks.flatten(1).sum(dim=1) * len(images[0]))).sqrt()
-                distance = dict(evaluate(data.statistics, features("", to_uint8(made)), bootstrap=options.bootstrap))["FID"]
+                completions = features("completed", to_uint8(made))
+                distance = dict(evaluate(data.statistics, completions, bootstrap=options.bootstrap))["FID"]
                 figures = {"error in the mask": mean_of(errors), "FD": Mean(distance.value, distance.standard_error)}
                 yield Row("inpainting", str(schedule), evaluations, figures)
 

@@ -53,7 +53,7 @@ def fit_mask(mask: Tensor, size: int) -> Tensor:
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
-    """A mask (H, W) for latents `factor` times smaller: (1, 1, h, w) in [0, 1], covering every latent that it touches."""
+    """A mask (H, W) for latents `factor` times smaller: (1, 1, h, w) in [0, 1], on every latent that it touches."""
     return F.max_pool2d(mask[None, None].float() / 255, factor)
 
 

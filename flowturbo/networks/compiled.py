@@ -12,44 +12,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from flowturbo.models import RunBlock, SiT, run_block
-from flowturbo.transport.blocks import Block, State, take_step
-from flowturbo.transport.branches import Branches, Guided
-from flowturbo.transport.editing import Edited, Known, Source
+from flowturbo.networks.patches import PatchNetwork, Place, block_step
+from flowturbo.transport.blocks import Block, State, Step
+from flowturbo.transport.editing import Known, Source
+from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import FlowTurbo
-
-
-class PatchNetwork(Protocol):
-    """What a network offers to be compiled, as SiT and VelocityRefiner do."""
-
-    blocks: Any
-
-    @property
-    def null_class(self) -> int: ...
-
-    def to_patches(self, images: Tensor) -> Tensor: ...
-
-    def to_images(self, patches: Tensor) -> Tensor: ...
-
-    def modulations(self, t: Tensor, labels: Tensor) -> Tensor: ...
-
-    def embed(self, *patches: Tensor) -> Tensor: ...
-
-    def transform(self, tokens: Tensor, modulations: Tensor, run: RunBlock) -> Tensor: ...
-
-
-class Place(NamedTuple):
-    """What a graph takes in place of a time: the conditioning, N rows or where guided one more, and in an edit what is
-    known then, in patches."""
-
-    conditioning: Tensor
-    known: Known | None = None
 
 
 class StaticGraphs:
@@ -73,7 +47,7 @@ class StaticGraphs:
         self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
         self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
-        self._numbers: dict[torch.device, tuple[list[list[list[Tensor | None]]], Tensor]] = {}
+        self._numbers: dict[torch.device, Numbers] = {}
 
     def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
@@ -106,43 +80,57 @@ class StaticGraphs:
 
     def _steps(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, in patches."""
-        weights, scale = self._tensors(z.device)
-        channels = self.sampler.guidance.channels
+        numbers = self._tensors(z.device)
+        guidance = self.sampler.guidance
         labels = y if source is None else source.all_labels(y)
         conditioning = {name: self._conditioning(name, labels) for name in self.networks}
         state = State(self.networks["predictor"].to_patches(z), ())
-        for step, rows in zip(self.sampler.steps, weights, strict=True):
+        asked = state.x.new_zeros(len(labels), *state.x.shape[1:])  # of the shape that the network is asked for
+        differences: Sequence[Tensor] | None = [asked, asked.clone()] if guidance.every > 1 else None
+        # A velocity's rows: the network's, and in an edit above them those that move the state.
+        width = len(labels) * (1 + (guidance.scale != 1)) + (0 if source is None else len(y))
+        for step, instants, rows in zip(self.sampler.steps, numbers.instants, numbers.weights, strict=True):
             handed = [state.velocities[k] for k in step.takes]
-            given = [
-                Place(conditioning[stage.network][t], self._known(source, t))
-                for stage, t in zip(step.block.stages, step.times)
-            ]
+            at = []
+            for stage, instant in zip(step.block.stages, instants):
+                given = conditioning[stage.network][instant.t]
+                known = None if source is None else self._known(source, instant.t)
+                at.append(Place(instant._replace(t=given if instant.null else given[: len(labels)]), known))
             # A block gets the networks that it evaluates: its graph does not depend on whether there are others.
             names = sorted({stage.network for stage in step.block.stages})
             used = {name: (self.networks[name], self.run[name]) for name in names}
+            handed = padded(handed, len(rows[-1]) - len(at), state.x, width)
             with graph_limits(), compiler_errors():
-                x, new = self.step(step.block, used, channels, state.x, handed, given, rows, scale)
+                x, new, differences = self.step(
+                    step.block, used, guidance.channels, state.x, handed, at, rows, numbers.scale, differences
+                )
             at_hand = (*state.velocities, *new)
             state = State(x, tuple(at_hand[k] for k in step.keeps))
             yield state
 
-    def _known(self, source: Source | None, t: float) -> Known | None:
-        if source is None:
-            return None
+    def _known(self, source: Source, t: float) -> Known:
+        """What an edit knows at time t, in patches."""
         x, u, m, difference = source.at(self.sampler.path, t)
         to_patches = self.networks["predictor"].to_patches
         return Known(to_patches(x), to_patches(u), None if m is None else to_patches(m), difference)
 
-    def _tensors(self, device: torch.device) -> tuple[list[list[list[Tensor | None]]], Tensor]:
-        """The weights of all steps and the guidance scale on a device, made once: a recording keeps reading them."""
+    def _tensors(self, device: torch.device) -> Numbers:
+        """The trajectory's numbers on a device, made once: a recording keeps reading them."""
         if device not in self._numbers:
 
             def number(value: float | None) -> Tensor | None:
                 return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
 
-            weights = [[list(map(number, row)) for row in step.weights] for step in self.sampler.steps]
+            sampler = self.sampler
             with torch.inference_mode(False):
-                self._numbers[device] = weights, torch.tensor(self.sampler.guidance.scale, device=device)
+                self._numbers[device] = Numbers(
+                    [[list(map(number, row)) for row in rows] for rows in padded_weights(sampler.steps)],
+                    [
+                        [instant._replace(weights=tuple(map(number, instant.weights))) for instant in instants]
+                        for instants in sampler.guidance.instants(sampler.steps)
+                    ],
+                    torch.tensor(sampler.guidance.scale, device=device),
+                )
         return self._numbers[device]
 
     def _conditioning(self, name: str, y: Tensor) -> dict[float, Tensor]:
@@ -162,48 +150,37 @@ class StaticGraphs:
         return {t: rows if both else rows[: len(y)] for (t, both), rows in zip(times.items(), table, strict=True)}
 
 
-def block_step(
-    block: Block,
-    networks: dict[str, tuple[PatchNetwork, RunBlock]],
-    channels: int | str,
-    x: Tensor,
-    handed: list[Tensor],
-    places: list[Place],
-    weights: list[list[Tensor | None]],
-    scale: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
-    """One step on states in patches (N, T, p*p, C): the function that is compiled.
+class Numbers(NamedTuple):
+    """What is known of a trajectory before it is sampled, as tensors."""
 
-    `networks` are those that the block evaluates, and how the blocks of each are run; `places` stand for the times of
-    its evaluations.
+    weights: list[list[list[Tensor | None]]]  # as in a Step
+    instants: list[list[Instant]]
+    scale: Tensor
+
+
+def padded(handed: list[Tensor], count: int, x: Tensor, width: int) -> list[Tensor]:
+    """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all.
+
+    `width`: the rows of a velocity where none is there.
     """
-    known = places[0].known if places else None
-    rows = 2 * len(x) if known is not None and known.difference else len(x)
-    branches = {name: patch_branches(*network) for name, network in networks.items()}
-    guided = Guided(branches, lambda conditioning: len(conditioning) > rows, scale, channels, dim=-1)
-    if known is None:
-        times = [place.conditioning for place in places]
-        return take_step(block, weights, times, x, handed, guided.velocity, guided.refine)
-    edited = Edited(guided, lambda place: place.known, lambda place: place.conditioning)
-    return take_step(block, weights, places, x, handed, edited.velocity, edited.refine)
+    rows = len(handed[0]) if handed else width
+    # Each a tensor of its own: a graph is made for inputs that are the same or not.
+    return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
 
 
-def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:
-    """The branches of a network in the space of patches, its conditioning in place of the time."""
-
-    def branches(x: Tensor, t: Tensor, *velocities: Tensor, null: bool) -> Tensor:
-        conditioning, rows = t, len(x)
-        if not null:
-            return network.transform(network.embed(x, *velocities), conditioning, run).contiguous()
-        conditioning = torch.cat([conditioning[:rows], conditioning[rows:].expand(rows, *conditioning.shape[1:])])
-        if velocities:
-            tokens = network.embed(torch.cat([x, x]), *velocities)
-        else:  # both branches start from one state: it is embedded once
-            tokens = network.embed(x)
-            tokens = torch.cat([tokens, tokens])
-        return network.transform(tokens, conditioning, run)
-
-    return branches
+def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
+    """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
+    widest: dict[Block, Step] = {}
+    for step in steps:
+        if len(step.takes) >= len(widest.get(step.block, step).takes):
+            widest[step.block] = step
+    padded = []
+    for step in steps:
+        most = widest[step.block]
+        missing = len(most.takes) - len(step.takes)
+        rows = zip(most.weights, step.weights)
+        padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
+    return padded
 
 
 @torch.compiler.nested_compile_region

@@ -104,7 +104,9 @@ class Editor:
         if method == "invert":
             samplers = self.inverter, self.sampler
             labels = self._labels(self.from_class), self._labels(self.to_class)
-            latents = change_by_inversion(*samplers, *labels, source, start_of(strength, self.sampler.path), self._follow)
+            latents = change_by_inversion(
+                *samplers, *labels, source, start_of(strength, self.sampler.path), self._follow
+            )
         else:
             latents = self._passes(source, strength)
         images = canvas.finish(self._decode(latents).cpu(), options.feather, options.composite, options.keep_size)
@@ -190,7 +192,9 @@ class Editor:
     def _encode(self, image: Tensor) -> Tensor:
         """uint8 (C, H, W) -> the latents that are most likely, (1, C, h, w)."""
         autoencoder, device = self.networks.autoencoder, self.networks.device
-        return autoencoder.sample(autoencoder.moments(from_uint8(image[None]).to(device)), torch.zeros((), device=device))
+        return autoencoder.sample(
+            autoencoder.moments(from_uint8(image[None]).to(device)), torch.zeros((), device=device)
+        )
 
     def _decode(self, latents: Tensor) -> Tensor:
         return to_uint8(self.networks.autoencoder.decode(latents))

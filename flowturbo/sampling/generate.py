@@ -153,6 +153,7 @@ class ImageSampler:
     """Makes uint8 images of sample numbers and classes: what is drawn for a sample depends on (seed, number) alone.
 
     With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included.
+    Without `decode` it makes latents.
     Raises ValueError as `check_settings`.
     """
 
@@ -162,6 +163,7 @@ class ImageSampler:
         spec: str | SamplerSpec,
         settings: SamplerSettings = SamplerSettings(),
         compile: bool = False,
+        decode: bool = True,
     ):
         check_settings(networks, settings)
         self.networks, self.spec = networks, SamplerSpec.parse(spec)
@@ -170,7 +172,7 @@ class ImageSampler:
             networks.refiner,
             settings,
             engine=StaticGraphs if compile else None,
-            decode=self._decode,
+            decode=self._decode if decode else None,
         )
         self.evaluations = self.spec.evaluations(settings.refiner_step)
 

@@ -8,9 +8,9 @@ m being the share that is generated: 1 everywhere is SDEdit, a mask is inpaintin
 v(p, t, new class) − v(x_t, t, old class) + u_t. Both are smooth where v and m are, so every sampling block keeps its
 order; to overwrite the known part of the state after each step would make blocks that reuse velocities first order.
 
-Sources: SDEdit (Meng et al., 2022); RePaint (Lugmayr et al., 2022) for the known region; Differential Diffusion (Levin &
-Fried, 2023) for masks that depend on time; FlowEdit (Kulikov et al., 2024), here with one noise for the whole trajectory,
-in terms of x = z_edit + x_t − x1 (there z_edit), so that it starts and ends on the same footing as the others.
+Sources: SDEdit (Meng et al., 2022); RePaint (Lugmayr et al., 2022) for the known region; Differential Diffusion (Levin
+& Fried, 2023) for masks that depend on time; FlowEdit (Kulikov et al., 2024), here with one noise for the whole
+trajectory, and in terms of x = z_edit + x_t − x1 (there z_edit), so that it starts and ends as the others do.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from flowturbo.transport.editing import Edited, Source
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS, Path
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 Noise = Callable[[int], Tensor]  # step -> standard normal noise of the state's shape
 Decode = Callable[[Tensor], Tensor]
@@ -43,9 +45,9 @@ class FlowTurbo:
     """Samples along a schedule of blocks.
 
     `predictor(x, t, y, drop)` and `refiner(x, t, v, y, drop)` are SiT and VelocityRefiner or anything like them;
-    a schedule without R needs no refiner; `path` is the one they were trained on. `cfg_scale` is a number, or a
-    Guidance that also says on which channels and when. `refiner_step` is one of `blocks.REFINER_STEPS`. `engine` makes
-    what evaluates the steps, from this sampler.
+    a schedule without R needs no refiner, and a Solver may stand in its place; `path` is the one they were trained on.
+    `cfg_scale` is a number, or a Guidance that also says on which channels, when and how often. `refiner_step` is one
+    of `blocks.REFINER_STEPS`. `engine` makes what evaluates the steps, from this sampler.
     Raises ValueError for a schedule with R but no refiner, and for what Schedule, Guidance and the engine refuse.
     """
 
@@ -53,7 +55,7 @@ class FlowTurbo:
         self,
         predictor: Network,
         refiner: Network | None = None,
-        schedule: str | Schedule = "H1P5R3",
+        schedule: str | Schedule | Solver = "H1P5R3",
         cfg_scale: float | Guidance = 1.5,
         refiner_step: str = "released",
         *,
@@ -61,7 +63,7 @@ class FlowTurbo:
         engine: Callable[[FlowTurbo], Engine] | None = None,
         decode: Decode | None = None,
     ):
-        self.schedule = Schedule.parse(schedule)
+        self.schedule = schedule if isinstance(schedule, Solver) else Schedule.parse(schedule)
         self.steps = self.schedule.plan(refiner_step, self.schedule.times(*path.interval))
         if self.schedule.has_refiner and refiner is None:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
@@ -77,6 +79,10 @@ class FlowTurbo:
     def evaluations(self) -> tuple[int, int]:
         """(predictor, refiner) evaluations of one trajectory."""
         return self.schedule.evaluations(self.refiner_step)
+
+    def rows(self) -> tuple[int, int]:
+        """(predictor, refiner) rows that it evaluates for one image: guidance needs two where both branches are."""
+        return self.guidance.rows(self.steps)
 
     def over(self, start: float, end: float) -> FlowTurbo:
         """The same sampler along another part of time, in either direction: (1, 0) inverts, from images to noise."""
@@ -134,8 +140,9 @@ class Eager:
         labels = y if source is None else source.all_labels(y)
         networks: Guided | Edited = guided(sampler.guidance, labels, sampler.predictor, sampler.refiner)
         if source is not None:
-            networks = Edited(networks, lambda t: source.at(sampler.path, t))
-        return integrate(sampler.steps, z, networks.velocity, networks.refine)
+            networks = Edited(networks, lambda at: source.at(sampler.path, at.t))
+        steps = [replace(s, times=at) for s, at in zip(sampler.steps, sampler.guidance.instants(sampler.steps))]
+        return integrate(steps, z, networks.velocity, networks.refine)
 
 
 class ODESampler:
@@ -158,6 +165,7 @@ class ODESampler:
     ):
         self.predictor, self.guidance, self.path = predictor, guidance, path
         self.atol, self.rtol, self.decode = atol, rtol, decode
+        check_every(guidance)
         if not (atol > 0 and rtol > 0):
             raise ValueError(f"tolerances must be positive, got atol {atol} and rtol {rtol}")
 
@@ -170,10 +178,10 @@ class ODESampler:
         from torchdiffeq import odeint
 
         check_batch(z, y, self.predictor)
-        velocity = guided(self.guidance, y, self.predictor).velocity
+        networks = guided(self.guidance, y, self.predictor)
         times = torch.tensor(self.path.interval, dtype=z.dtype, device=z.device)
         x = odeint(
-            lambda t, x: velocity(x, t)[: len(x)],
+            lambda t, x: networks.velocity(x, self.guidance.instant(t))[: len(x)],
             z,
             times,
             method="dopri5",
@@ -206,6 +214,7 @@ class SDESampler:
     ):
         if diffusion not in DIFFUSIONS:
             raise ValueError(f"diffusion {diffusion!r} is not one of {', '.join(DIFFUSIONS)}")
+        check_every(guidance)
         if not (2 <= steps <= 100_000 and 0 < last_step < 1):
             raise ValueError(f"an SDE needs 2 to 100000 steps and a last step in (0, 1), got {steps} and {last_step}")
         self.predictor, self.guidance, self.path = predictor, guidance, path
@@ -220,14 +229,14 @@ class SDESampler:
         divided by √dt, by default drawn from torch's generator."""
         check_batch(z, y, self.predictor)
         noise = noise or (lambda k: torch.randn_like(z))
-        velocity = guided(self.guidance, y, self.predictor).velocity
+        networks = guided(self.guidance, y, self.predictor)
         start, end = self.path.interval
         times = torch.linspace(start, end - self.last_step, self.steps, dtype=torch.float64)
         dt = float(times[1] - times[0])
         x = z
         for k, t in enumerate(times):
             t = t.to(z.device, torch.promote_types(z.dtype, torch.float32))
-            v = velocity(x, t)[: len(x)]
+            v = networks.velocity(x, self.guidance.instant(t))[: len(x)]
             d = DIFFUSIONS[self.diffusion](self.path, t)
             drift = v + d * self.path.score(v, x, t)
             last = k == self.steps - 1
@@ -242,7 +251,13 @@ def guided(guidance: Guidance, y: Tensor, predictor: Network, refiner: Network |
     """The networks with their labels y (N,) bound, guided."""
     networks = {"predictor": predictor, **({} if refiner is None else {"refiner": refiner})}
     branches = {name: label_branches(network, y) for name, network in networks.items()}
-    return Guided(branches, lambda t: guidance.active(float(t)), guidance.scale, guidance.channels)
+    return Guided(branches, guidance.scale, guidance.channels, differences=[] if guidance.every > 1 else None)
+
+
+def check_every(guidance: Guidance) -> None:
+    """Raises ValueError for guidance at some of the evaluations only, for which the times must be known beforehand."""
+    if guidance.every > 1:
+        raise ValueError(f"guidance at every {guidance.every} evaluations is for schedules of blocks alone")
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network, null: bool = False) -> None:

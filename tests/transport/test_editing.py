@@ -74,13 +74,13 @@ def exact(gaussian):
 
     def solve(name, start=0.0):
         if (name, start) not in found:
-            found[name, start] = edited(Classes(gaussian), "B1000", SOURCES[name], start)
+            found[name, start] = edited(Classes(gaussian), "B300", SOURCES[name], start)
         return found[name, start]
 
     return solve
 
 
-COUNTS = (32, 64, 128)
+COUNTS = (32, 96)
 
 
 @pytest.mark.parametrize("letter", SECOND_ORDER)

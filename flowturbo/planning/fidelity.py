@@ -19,7 +19,7 @@ from flowturbo.sampling.sample_set import class_of
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 
 PIXEL_SPAN = 2.0  # images lie in about [-1, 1]
-FINE = "D128"  # never evaluates at t = 1, where velocities are hardest; docs/planning.md has its own error
+FINE = "D128"  # midpoint never evaluates at t = 1, where velocities are hardest; its own error: docs/planning.md
 
 
 class Estimate(NamedTuple):
@@ -140,10 +140,11 @@ def fine_end_points(
     numbers: range,
     classes: Sequence[int],
     batch_size: int = 64,
+    fine: str = FINE,
 ) -> Tensor:
     """The end points of a fine solution, with guidance at every evaluation: what others are compared with."""
     full = replace(settings, guidance=replace(settings.guidance, every=1))
-    return end_points(networks, FINE, full, seed, numbers, classes, batch_size)
+    return end_points(networks, fine, full, seed, numbers, classes, batch_size)
 
 
 @torch.no_grad()

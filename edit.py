@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flowturbo.sampling.edit_options import EditOptions
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.solvers import check_made_for
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
@@ -77,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flowturbo.sampling.generate import find_files, load_networks
 
     given = read_inputs(files)  # a mistake in them shows before the networks are loaded
-    networks = load_networks(
-        network_options, find_files(network_options, any(each.sampler.needs_refiner for each in variants))
-    )
+    found = find_files(network_options, any(each.sampler.needs_refiner for each in variants))
+    for each in variants:
+        check_made_for(each.sampler, found.predictor, sampling.guidance, sampling.strict, cli.warn)
+    networks = load_networks(network_options, found)
     if given.noise is not None and options.to_class is None:
         variants = [replace(each, to_class=given.noise_class) for each in variants]
     editors = [

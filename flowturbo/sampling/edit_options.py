@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.options import option
 from flowturbo.transport.spec import SamplerSpec
 
@@ -16,7 +17,9 @@ STRENGTHS = {"sdedit": 0.7, "flowedit": 0.8, "invert": 0.7}
 class EditOptions:
     """How an image is edited. Raises ValueError for impossible values and combinations."""
 
-    schedule: str = option("H1P5R3", "blocks with counts, as in sample.py; all of it runs, whatever the strength")
+    schedule: str = option(
+        "H1P5R3", "blocks with counts or a solver, as in sample.py; all of it runs, whatever the strength"
+    )
     to_class: str | int | None = option(
         None, "what is generated: an index or a name, as in sample.py", flags=("--class",), metavar="CLASS"
     )
@@ -77,4 +80,4 @@ class EditOptions:
     @property
     def sampler(self) -> SamplerSpec:
         """What the schedule names."""
-        return SamplerSpec.parse(self.schedule)
+        return parse_sampler(self.schedule)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from flowturbo.system.advice import advice_for
 from flowturbo.system.options import add_flags, read_flags
+from flowturbo.system.values import plain
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # what run_script tells in one line
 SPELLING = "Every flag may be spelled with - or _."
@@ -137,10 +138,13 @@ def _exit(code: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; of one that crossed from a loader's worker, only what it said."""
+    """The message of an error on one line, without control characters, which may come from a file's name or content.
+
+    Of an error that crossed from a loader's worker, only what it said.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     if "Original Traceback" in str(error):  # torch's DataLoader pastes the worker's traceback into the message
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines)
+        return plain(lines[-1].split(": ", 1)[-1])
+    return plain(" ".join(lines))

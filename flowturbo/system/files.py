@@ -23,7 +23,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder, so that replacing is atomic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process of the same number, or a link that was planted
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -96,14 +97,20 @@ def locked(
         yield
 
 
-def _open_lock(path: str | os.PathLike[str]) -> IO[str]:
+def open_own(path: str | os.PathLike[str], append: bool = True) -> IO[bytes]:
+    """Open a file to write to it, made if need be. Raises OSError for a link, which would have another file changed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the reader of a pipe
+    return open(path, "ab" if append else "wb", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
+def _open_lock(path: str | os.PathLike[str]) -> IO[bytes]:
     try:
-        return open(path, "w")
+        return open_own(path)
     except OSError as error:
         raise OSError(f"cannot lock {os.fspath(path)!r}: {error.strerror}") from error
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[bytes]) -> bool:
     """Whether the file is locked now. Raises OSError on a disk without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,8 +14,8 @@ Value = TypeVar("Value")
 CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, half characters, line separators
 
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict = 2, 80, 80, 4, 4
-_SHORT.maxtuple = 4
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+_SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 4, 4, 4
 
 
 def shown(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ def run_script(main: Callable[[], object]) -> None:
     anything else is a defect of ours and keeps its traceback. Interrupting exits with 130.
     FLOWTURBO_TRACEBACK=1 shows the traceback of every error.
     """
+    print_anything()
     try:
         main()
     except Exception as error:
@@ -98,6 +100,13 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         _exit(130)
+
+
+def print_anything() -> None:
+    """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:

@@ -119,7 +119,9 @@ class Archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in members}
             packed, whole = self.path.stat().st_size, sum(info.file_size for info in members)
             if whole > max(FREE, PACKED_LIMIT * packed):
-                raise ValueError(f"{whole:,} bytes packed into {packed:,}, expected at most {PACKED_LIMIT} times as many")
+                raise ValueError(
+                    f"{whole:,} bytes packed into {packed:,}, expected at most {PACKED_LIMIT} times as many"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._members

@@ -41,9 +41,10 @@ def resolve(name: str | os.PathLike[str], field: str = "", say: Callable[[str], 
         raise MissingWeights({field: os.fspath(name)}, f"checkpoint {os.fspath(name)!r}{of} does not exist")
     if not found.is_dir():
         return found
-    newest = CheckpointFolder(found / CHECKPOINTS).newest(say)
+    folder = found if found.name == CHECKPOINTS else found / CHECKPOINTS
+    newest = CheckpointFolder(folder).newest(say)
     if newest is None:
-        raise ValueError(f"folder {os.fspath(found)!r} holds no checkpoint: expected {found / CHECKPOINTS}/NUMBER.pt")
+        raise ValueError(f"folder {os.fspath(found)!r} holds no checkpoint: expected {folder}/NUMBER.pt")
     return newest
 
 

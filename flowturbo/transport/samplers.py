@@ -273,12 +273,15 @@ def check_every(guidance: Guidance) -> None:
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network, null: bool = False) -> None:
-    """Raises ValueError unless y (N,) holds one integer label for each row of z, within the predictor's classes.
+    """Raises ValueError unless y (N,) is a tensor of one label for each row of z, within the predictor's classes.
 
     With `null` also the null class, if the predictor has one, whose index is the number of classes.
     Labels on another device than the CPU are not read, since that would wait for the device: they are checked where
     they are made.
     """
+    for value, what in ((z, "noise"), (y, "labels")):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{what} of type {type(value).__name__}: expected a tensor")
     if y.shape != z.shape[:1] or y.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels of shape {tuple(y.shape)} and {y.dtype} do not go with noise of shape {tuple(z.shape)}: "

@@ -94,7 +94,7 @@ def load_networks(
         device,
         info.path_type,
         ClassNames.from_config(info.config, predictor.num_classes),
-        of_refiner and of_refiner.refiner_step,
+        None if of_refiner is None else of_refiner.refiner_step,
     )
     for network in (networks.predictor, networks.refiner):
         if network is not None:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -186,3 +189,15 @@ def test_an_unknown_preset_is_one_line(capsys):
     with pytest.raises(SystemExit):
         cli.parse(cli.new_parser(""), ["--kind", "round"], {"shape": Shape}, PRESETS)
     assert "invalid choice: 'round' (choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"1 \xb1 2 \u2192 3"), ("latin-1", r"1 ± 2 \u2192 3")])
+def test_what_an_encoding_lacks_is_escaped(encoding, shown):
+    code = "from flowturbo.system.cli import run_script; run_script(lambda: print('1 \xb1 2 \u2192 3'))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.decode(encoding).strip(), done.stderr) == (0, shown, b"")
+
+
+def test_control_characters_of_a_files_name_are_escaped():
+    assert cli.one_line(ValueError("no such file: '\x1b[2J'\n\x07")) == r"no such file: '\x1b[2J' \x07"

@@ -3,16 +3,17 @@
 Usage:
   torchrun --nnodes=1 --nproc_per_node=1 train.py --data-path DIR --model-teacher-ckpt predictor.pt
   python train.py --target predictor --data-path DIR --model SiT-B/2      # one process needs no torchrun
+
+Exit codes: 0 done, 75 stopped by a signal or --max-hours and saved (run it again with --resume auto), 1 what went well
+cannot go on (the loss is not finite, an image has turned bad; saved where that is right), 2 wrong input.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from flowturbo.system import cli
-from flowturbo.system.files import exclusive
 from flowturbo.training.options import KINDS, TrainingOptions
 from flowturbo.training.stopping import EXIT_STOPPED, StopRequest
 
@@ -30,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from flowturbo.system.distributed import world
     from flowturbo.training.build import load_frozen, new_model, notes_on, open_data
-    from flowturbo.training.log import RunLog
     from flowturbo.training.objective import make_objective
     from flowturbo.training.resume import begin
 
@@ -41,28 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         frozen = load_frozen(options, ranks.device)
         data = open_data(options, frozen)
         model = new_model(options, frozen, data).to(ranks.device)
-        run = begin(options, ranks, frozen, model, data)
-        objective = make_objective(options, frozen, model)
-        loader = run.loader(data, objective)
-        first, total = run.state.step, run.optimisation.steps
-        with (
-            exclusive(run.folder, patience=20) if ranks.is_main else nullcontext(),  # a killed run's workers linger
-            RunLog(run.folder if ranks.is_main else None, total, first) as log,
-        ):
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            log.say(f"{options.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
-            for note in notes_on(data):
-                log.say(f"note: {note}")
-            log.say(f"{ranks.size} x {ranks.device}, {frozen.dtype}, steps {first} to {total}, writing to {run.folder}")
-            run.fit(loader, objective, stop, log)
-            ranks.barrier()
-            if run.is_done:
-                log.say(f"done: {run.folder}")
-                return
-            why = stop.signal or ("the time limit" if stop.late else "another rank's signal")
-            log.say(f"stopped by {why} after step {run.state.step}; go on with the same command and --resume auto")
-        if not stop.late:
-            sys.exit(EXIT_STOPPED)
+        with begin(options, ranks, frozen, model, data) as run:
+            done = run.execute(data, make_objective(options, frozen, model), stop, notes_on(data))
+    if not done:
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

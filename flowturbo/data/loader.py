@@ -10,8 +10,10 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +23,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.randomness import Stream, keyed_generator
+from flowturbo.system.cli import EndedEarly, one_line
 from flowturbo.system.distributed import World
+from flowturbo.system.signals import STOPS
 
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
-_STOPS = (signal.SIGTERM, signal.SIGINT)
+LONGEST_WAIT = 1800  # seconds for one batch
+EXIT_DESCRIPTORS, EXIT_SHARED_MEMORY = 71, 74  # of workers that cannot send a batch
+CAUSES = {  # why a loader fails by no fault of the data
+    "descriptors": "the loader has run out of file descriptors",
+    "shared memory": "the loader has run out of shared memory (/dev/shm)",
+    "killed": "a loader worker was killed, as machines do that run out of memory",
+    "waiting": f"a loader worker has given no batch for {LONGEST_WAIT // 60} minutes",
+}
+SIGNS = {  # of each cause, in what torch raises
+    "descriptors": ("Too many open files", "ancdata", f"exit code {EXIT_DESCRIPTORS}"),
+    "shared memory": ("shared memory", "Bus error", "unable to write to file", f"exit code {EXIT_SHARED_MEMORY}"),
+    "killed": ("killed by signal", "exited unexpectedly"),
+    "waiting": ("DataLoader timed out",),
+}
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
@@ -133,7 +150,8 @@ def training_loader(
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin_worker,
+        timeout=LONGEST_WAIT if workers else 0,
     )
 
 
@@ -141,23 +159,78 @@ class _Loader(DataLoader):
     """A loader whose workers hear no signal before they have left the parent's group."""
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def ahead(batches: Iterable[Batch], count: int = 2) -> Iterator[tuple[Batch, Exception | None]]:
+    """Batches, each with what reading one of the next `count` has raised, or None.
+
+    So a rank learns that it cannot go on while it has the batches of the steps that the others may make before they
+    hear of it. Where the first batches cannot be read it raises at once: LoaderFailed in place of the loader's errors.
+    """
+    held: deque[Batch] = deque()
+    failure: Exception | None = None
+    source: Iterator[Batch] | None = None
+    begun = False
+    while True:
+        try:
+            source = iter(batches) if source is None else source
+            while failure is None and len(held) <= count:
+                held.append(next(source))
+        except StopIteration:
+            count = -1
+        except Exception as error:
+            failure, source = error, None
+            if not begun:
+                raise LoaderFailed.of(error) if LoaderFailed.cause_of(error) else error from None
+        if not held:
+            return
+        begun = True
+        yield held.popleft(), failure
+
+
+class LoaderFailed(EndedEarly):
+    """Training samples could not be read on; `cause` is one of CAUSES, or empty for bad data."""
+
+    def __init__(self, message: str, cause: str = ""):
+        super().__init__(message)
+        self.cause = cause
+
+    @classmethod
+    def of(cls, error: Exception, outcome: str = "") -> LoaderFailed:
+        """What to tell of an error that a loader has raised, and of what came of it."""
+        cause = cls.cause_of(error)
+        told = CAUSES.get(cause, one_line(error))
+        return cls("; ".join(filter(None, (told, outcome))), cause)
+
+    @staticmethod
+    def cause_of(error: Exception) -> str:
+        """One of CAUSES, or empty for what tells its own cause."""
+        text = str(error)
+        return next((cause for cause, signs in SIGNS.items() if any(sign in text for sign in signs)), "")
+
+
+def _begin_worker(worker: int) -> None:
     # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
     # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
     os.setpgrp()
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # forgets what came before
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     if sys.platform == "linux":  # it ends with its parent however that ends, and seconds before it would notice
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A batch that cannot be sent would be dropped with a traceback, and the parent would wait for it.
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, sent: object) -> None:
+    descriptors = "Too many open files" in str(error)
+    os._exit(EXIT_DESCRIPTORS if descriptors else EXIT_SHARED_MEMORY)
 
 
 def _as_it_is(batch: Any) -> Any:

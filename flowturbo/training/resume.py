@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +20,15 @@ from flowturbo.models import SiT
 from flowturbo.networks.load import model_config
 from flowturbo.system.claims import OtherSettings, differences, write_record
 from flowturbo.system.distributed import World
-from flowturbo.system.files import sha256
+from flowturbo.system.files import LOCK, exclusive, sha256
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.options import OutputOptions, TrainingOptions
 from flowturbo.training.run import Run
 from flowturbo.training.step import State
-from flowturbo.weights.checkpoint import CheckpointFolder, newest_checkpoint, resolve
+from flowturbo.weights.cache import locate
+from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder, is_run, resolve
+
+PATIENCE = 20  # seconds to wait for a folder's lock: a killed run's workers linger, and one that stops still saves
 
 
 class TrainedOtherwise(OtherSettings):
@@ -38,47 +46,96 @@ def record_of(options: TrainingOptions, frozen: FrozenNetworks, model: SiT, data
     }
 
 
-def begin(options: TrainingOptions, ranks: World, frozen: FrozenNetworks, model: SiT, data: TrainingData) -> Run:
-    """A run that begins with this model, or goes on from the checkpoint that the options name.
+@contextmanager
+def begin(
+    options: TrainingOptions, ranks: World, frozen: FrozenNetworks, model: SiT, data: TrainingData
+) -> Iterator[Run]:
+    """Within it a run that begins with this model, or goes on from the checkpoint that the options name.
 
-    Rank 0 chooses the folder for all, and writes config.json. Raises TrainedOtherwise where what shapes the run has
-    changed since, unless the options allow it, and ValueError naming a checkpoint that cannot be taken.
+    Rank 0 holds the folder's lock from before a checkpoint is chosen until the end, and writes config.json. Raises
+    TrainedOtherwise where what shapes the run has changed since, unless the options allow it, InUse where another
+    process trains in the folder, and ValueError naming a checkpoint that cannot be taken.
     """
     optimisation = options.optimisation.over(len(data))
     state = State.new(model, ranks.device, optimisation, fp16=frozen.dtype == torch.float16)
     record = ranks.agree(lambda: record_of(options, frozen, model, data))
-    folder, checkpoint = ranks.agree(lambda: choose_folder(options.output, options.target))
-    if checkpoint is not None:
-        before = state.load(checkpoint)
-        if not options.output.allow_changes:
-            ranks.agree(lambda: refuse_changes(before, record, options, data, checkpoint))
-    ranks.agree(lambda: write_record(folder / "config.json", record))
-    return Run(options, optimisation, ranks, state, folder, record, frozen)
+    with ranks.hold(lambda: claimed(options.output, options.target)) as (folder, checkpoint):
+        if checkpoint is not None:
+            before = state.load(checkpoint)
+            if not options.output.allow_changes:
+                ranks.agree(lambda: refuse_changes(before, record, options, data, checkpoint))
+        ranks.agree(lambda: write_record(folder / "config.json", record))
+        yield Run(options, optimisation, ranks, state, folder, record, frozen)
 
 
-def choose_folder(
+@contextmanager
+def claimed(
     output: OutputOptions, target: str, warn: Callable[[str], object] = lambda text: print(f"warning: {text}")
-) -> tuple[Path, Path | None]:
-    """A run's folder, and the checkpoint that it goes on from, if any; a run that is named stands for its newest.
+) -> Iterator[tuple[Path, Path | None]]:
+    """Holds the lock of a run's folder; gives it, and the checkpoint that the run goes on from, if any.
 
-    `warn` is told of damaged ones that are passed over. Raises MissingWeights where what is named is not there.
-
-    A run goes on in its own folder from its latest checkpoint. From an earlier one that is named a new run begins:
-    what came after it stays as it is.
+    A run goes on in its own folder from its latest checkpoint: which that is, is looked up under the lock, since who
+    held it may have saved. From an earlier one that is named a new run begins: what came after it stays as it is.
+    `warn` is told of damaged checkpoints that are passed over. Raises MissingWeights where what is named is not there,
+    InUse where the folder stays locked.
     """
-    results, name = Path(output.results_dir), f"{target}-{output.note}"
-    checkpoint: Path | None = None
+    name = f"{target}-{output.note}"
+    for folder in homes(output, name):
+        with exclusive(folder, PATIENCE):
+            checkpoint = latest(folder, output.resume, warn)
+            if checkpoint is not None:
+                yield folder, checkpoint
+                return
+    checkpoint = None if output.resume in (None, "auto") else resolve(str(output.resume), "resume", warn)
+    folder = new_folder(Path(output.results_dir), name)
+    try:
+        with exclusive(folder, PATIENCE):  # one that resumes may be looking into it
+            yield folder, checkpoint
+    finally:
+        if os.listdir(folder) == [LOCK]:  # the run was refused
+            shutil.rmtree(folder)
+
+
+def homes(output: OutputOptions, name: str) -> list[Path]:
+    """The folders of the runs that may go on, in the order in which they are tried."""
     if output.resume == "auto":
-        checkpoint = newest_checkpoint(results, name, warn)
-    elif output.resume:
-        checkpoint = resolve(output.resume, "resume", warn)
-    if checkpoint is not None:
-        home = CheckpointFolder(checkpoint.resolve().parent)
-        if output.resume == "auto" or home.is_latest(checkpoint):
-            return home.folder.parent, checkpoint
-    numbers = [path.name.partition("-")[0] for path in results.glob("[0-9]*-*")]
-    number = max((int(text) for text in numbers if text.isdigit()), default=-1) + 1
-    return results / f"{number:03d}-{name}", checkpoint
+        runs = {int(p.name.partition("-")[0]): p for p in Path(output.results_dir).glob("*-*") if is_run(p.name, name)}
+        return [runs[number] for number in sorted(runs, reverse=True)]
+    found = locate(output.resume) if output.resume else None
+    if found is None:
+        return []
+    found = found.resolve()
+    if found.is_dir():
+        return [found] if (found / CHECKPOINTS).is_dir() else []
+    home = CheckpointFolder(found.parent)
+    return [home.folder.parent] if home.is_latest(found) else []
+
+
+def latest(folder: Path, resume: str | None, warn: Callable[[str], object]) -> Path | None:
+    """The checkpoint that a run goes on from in its folder; None where a later one came after the one that is named."""
+    home = CheckpointFolder(folder / CHECKPOINTS)
+    if resume == "auto":
+        return home.newest(warn)
+    checkpoint = resolve(str(resume), "resume", warn).resolve()
+    return checkpoint if home.is_latest(checkpoint) else None
+
+
+def new_folder(results: Path, name: str) -> Path:
+    """Make a run's folder, NUMBER-name with a number that no other run has, in any name.
+
+    Where two make one of the same number at once, at least the later sees the other, and takes another number.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [path.name.partition("-")[0] for path in results.glob("[0-9]*-*")]
+        number = max((int(text) for text in numbers if text.isdigit()), default=-1) + 1
+        folder = results / f"{number:03d}-{name}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            if not [path for path in results.glob(f"{number:03d}-*") if path != folder]:
+                return folder
+            folder.rmdir()
+        time.sleep(random.uniform(0, 0.05))  # not in step with the other
 
 
 def refuse_changes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowturbo.data.folders import TrainingData
-from flowturbo.data.loader import Batch, TrainingSamples, training_loader
+from flowturbo.data.loader import Batch, LoaderFailed, TrainingSamples, ahead, training_loader
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks
@@ -60,18 +60,47 @@ class Run:
             exact=optimisation.exact,
         )
 
+    def execute(self, data: TrainingData, objective: Objective, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+        """Make the steps that are left, and log them; whether all have been made when it ends.
+
+        Raises LoaderFailed, with the state saved, where the data cannot be read on.
+        """
+        ranks, loader = self.ranks, self.loader(data, objective)
+        first, total = self.state.step, self.optimisation.steps
+        with RunLog(self.folder if ranks.is_main else None, total, first) as log:
+            trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+            what = f"{trained:,} parameters, {len(data):,} images in {len(data.classes)} classes"
+            log.say(f"{self.options.target}: {what}")
+            for note in notes:
+                log.say(f"note: {note}")
+            where = f"{ranks.size} x {ranks.device}, {self.frozen.dtype}"
+            log.say(f"{where}, steps {first} to {total}, writing to {self.folder}")
+            failure = self.fit(loader, objective, stop, log)
+            ranks.barrier()
+            step = self.state.step
+            if failure is not None:
+                raise LoaderFailed.of(failure, f"the run stopped after step {step}, saved") from failure
+            if self.is_done:
+                log.say(f"done: {self.folder}")
+            else:
+                why = stop.signal or ("the time limit" if stop.late else "another rank")
+                log.say(f"stopped by {why} after step {step}; go on with the same command and --resume auto")
+        return self.is_done
+
     def fit(
         self, batches: Iterable[Batch], objective: Callable[[Batch], Tensor], stop: StopRequest, log: RunLog
-    ) -> None:
+    ) -> Exception | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
+        Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
         state, output, main = self.state, self.options.output, self.ranks.is_main
         before: Update | None = None
-        for batch in batches:
-            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
+        for batch, failure in ahead(batches):
+            wanted = stop.wanted or failure is not None
+            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, wanted)
             log.advance(state.step, self.optimisation.global_batch_size)
             logs, saves, samples = (
                 self.is_done or bool(every and state.step % every == 0)
@@ -86,9 +115,10 @@ class Run:
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
             if stopping:
-                return
+                return failure
             if main and samples and output.sample_every:
                 save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
+        return None
 
     def save(self) -> Path:
         """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""

@@ -13,7 +13,7 @@ import train
 from flowturbo.data.folders import ClassFolder
 from flowturbo.system.advice import advice_for
 from flowturbo.training.options import DataOptions, Optimisation, OutputOptions, PredictorOptions, TrainingOptions
-from flowturbo.training.resume import TrainedOtherwise, choose_folder, refuse_changes
+from flowturbo.training.resume import TrainedOtherwise, claimed, refuse_changes
 from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint
 
 OLD = runs.ROOT / "tests" / "compatibility" / "v0.1.0"
@@ -33,7 +33,8 @@ def save(results, name, *steps):
 def chosen(results, target="predictor", note="a", resume=None):
     warnings = []
     output = OutputOptions(results_dir=str(results), note=note, resume=resume and str(resume))
-    folder, checkpoint = choose_folder(output, target, warnings.append)
+    with claimed(output, target, warnings.append) as (folder, checkpoint):
+        pass
     return folder.relative_to(results).as_posix(), checkpoint and checkpoint.name, warnings
 
 

@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -29,6 +31,7 @@ from flowturbo.system.signals import STOPS
 
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
 LONGEST_WAIT = 1800  # seconds for one batch
+CHECK = 3  # seconds between looks whether the workers are alive
 EXIT_DESCRIPTORS, EXIT_SHARED_MEMORY = 71, 74  # of workers that cannot send a batch
 CAUSES = {  # why a loader fails by no fault of the data
     "descriptors": "the loader has run out of file descriptors",
@@ -36,10 +39,15 @@ CAUSES = {  # why a loader fails by no fault of the data
     "killed": "a loader worker was killed, as machines do that run out of memory",
     "waiting": f"a loader worker has given no batch for {LONGEST_WAIT // 60} minutes",
 }
-SIGNS = {  # of each cause, in what torch raises
-    "descriptors": ("Too many open files", "ancdata", f"exit code {EXIT_DESCRIPTORS}"),
-    "shared memory": ("shared memory", "Bus error", "unable to write to file", f"exit code {EXIT_SHARED_MEMORY}"),
-    "killed": ("killed by signal", "exited unexpectedly"),
+EXITS = {  # exit codes of workers
+    EXIT_DESCRIPTORS: "descriptors",
+    EXIT_SHARED_MEMORY: "shared memory",
+    -signal.SIGBUS: "shared memory",  # a page of it that was promised is not there
+    -signal.SIGKILL: "killed",
+}
+SIGNS = {  # what torch's errors say
+    "descriptors": ("Too many open files", "ancdata"),
+    "shared memory": ("shared memory", "unable to write to file"),
     "waiting": ("DataLoader timed out",),
 }
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
@@ -151,7 +159,7 @@ def training_loader(
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_begin_worker,
-        timeout=LONGEST_WAIT if workers else 0,
+        timeout=CHECK if workers else 0,
     )
 
 
@@ -159,38 +167,51 @@ class _Loader(DataLoader):
     """A loader whose workers hear no signal before they have left the parent's group."""
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        before, on_child = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), signal.getsignal(signal.SIGCHLD)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if threading.current_thread() is threading.main_thread():  # torch's would raise in the middle of an update
+                signal.signal(signal.SIGCHLD, on_child)
 
 
-def ahead(batches: Iterable[Batch], count: int = 2) -> Iterator[tuple[Batch, Exception | None]]:
+def ahead(batches: Iterable[Batch], count: int = 2) -> Iterator[tuple[Batch, LoaderFailed | None]]:
     """Batches, each with what reading one of the next `count` has raised, or None.
 
     So a rank learns that it cannot go on while it has the batches of the steps that the others may make before they
     hear of it. Where the first batches cannot be read it raises at once: LoaderFailed in place of the loader's errors.
     """
     held: deque[Batch] = deque()
-    failure: Exception | None = None
+    failure: LoaderFailed | None = None
     source: Iterator[Batch] | None = None
     begun = False
     while True:
         try:
             source = iter(batches) if source is None else source
             while failure is None and len(held) <= count:
-                held.append(next(source))
+                held.append(_next(source))
         except StopIteration:
             count = -1
         except Exception as error:
-            failure, source = error, None
+            exits = [worker.exitcode for worker in getattr(source, "_workers", ())]
+            failure, source = LoaderFailed.of(error, exits), None
             if not begun:
-                raise LoaderFailed.of(error) if LoaderFailed.cause_of(error) else error from None
+                raise failure if failure.cause else error from None
         if not held:
             return
         begun = True
         yield held.popleft(), failure
+
+
+def _next(source: Iterator[Batch]) -> Batch:
+    limit = time.monotonic() + LONGEST_WAIT
+    while True:
+        try:
+            return next(source)
+        except RuntimeError as error:  # every CHECK seconds, if all workers are alive; asking again is right
+            if "DataLoader timed out" not in str(error) or time.monotonic() > limit:
+                raise
 
 
 class LoaderFailed(EndedEarly):
@@ -201,17 +222,12 @@ class LoaderFailed(EndedEarly):
         self.cause = cause
 
     @classmethod
-    def of(cls, error: Exception, outcome: str = "") -> LoaderFailed:
-        """What to tell of an error that a loader has raised, and of what came of it."""
-        cause = cls.cause_of(error)
-        told = CAUSES.get(cause, one_line(error))
-        return cls("; ".join(filter(None, (told, outcome))), cause)
-
-    @staticmethod
-    def cause_of(error: Exception) -> str:
-        """One of CAUSES, or empty for what tells its own cause."""
-        text = str(error)
-        return next((cause for cause, signs in SIGNS.items() if any(sign in text for sign in signs)), "")
+    def of(cls, error: Exception, exits: Sequence[int | None] = ()) -> LoaderFailed:
+        """What to tell of an error that a loader has raised, whose workers have these exit codes."""
+        said = str(error)
+        cause = next((EXITS[code] for code in exits if code in EXITS), "")
+        cause = cause or next((cause for cause, signs in SIGNS.items() if any(sign in said for sign in signs)), "")
+        return cls(CAUSES.get(cause) or one_line(error), cause)
 
 
 def _begin_worker(worker: int) -> None:

@@ -38,8 +38,12 @@ def keep_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         with suppress(OSError, ValueError, AttributeError):  # one without a descriptor
-            if stream is None or (stream.fileno() == number and not isinstance(stream.buffer.raw, _Lasting)):
+            if stream is None or (stream.fileno() == number and not isinstance(_raw_of(stream), _Lasting)):
                 setattr(sys, name, _lasting(number, name, stream))
+
+
+def _raw_of(stream: Any) -> Any:
+    return getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer between
 
 
 def _reopen(number: int) -> None:
@@ -55,10 +59,16 @@ def _reopen(number: int) -> None:
 
 def _lasting(number: int, name: str, stream: Any) -> io.TextIOWrapper:
     """A stream on the descriptor, buffered and encoded as `stream` is."""
-    if stream is not None:
-        stream.flush()
     raw = _Lasting(number, "wb", closefd=False)
     raw.stream = name
-    shown_at_once = name == "stderr" or raw.isatty()
-    encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=shown_at_once)
+    if stream is None:
+        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
+    stream.flush()
+    buffer: Any = io.BufferedWriter(raw) if isinstance(stream.buffer, io.BufferedWriter) else raw
+    return io.TextIOWrapper(
+        buffer,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

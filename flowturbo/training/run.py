@@ -79,7 +79,7 @@ class Run:
             ranks.barrier()
             step = self.state.step
             if failure is not None:
-                raise LoaderFailed.of(failure, f"the run stopped after step {step}, saved") from failure
+                raise LoaderFailed(f"{failure}; the run stopped after step {step}, saved", failure.cause)
             if self.is_done:
                 log.say(f"done: {self.folder}")
             else:
@@ -89,7 +89,7 @@ class Run:
 
     def fit(
         self, batches: Iterable[Batch], objective: Callable[[Batch], Tensor], stop: StopRequest, log: RunLog
-    ) -> Exception | None:
+    ) -> LoaderFailed | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
         Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.

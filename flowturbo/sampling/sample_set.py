@@ -152,11 +152,11 @@ class SampleSet:
             written: Future | None = None
             seconds: list[float] = []
             for k in range(ranks.rank, folder.batches, ranks.size):
+                arrays, begin = self._at_hand(k, stored), time.perf_counter()
+                if arrays is None:
+                    arrays = self._sample(k)
+                    seconds.append(time.perf_counter() - begin)
                 if not self._is_done(k):
-                    begin, images = time.perf_counter(), stored.images(k)
-                    arrays = self._sample(k) if images is None else self._restore(k, images)
-                    if images is None:
-                        seconds.append(time.perf_counter() - begin)
                     if written is not None:
                         written.result()  # one batch behind at most; raises what the writing raised
                     written = writer.submit(self._write, k, arrays)
@@ -164,6 +164,11 @@ class SampleSet:
             if written is not None:
                 written.result()
         return 1000 * median(seconds or [0.0]) / folder.batch
+
+    def _at_hand(self, k: int, stored: Stored) -> dict[str, np.ndarray] | None:
+        """What `_sample` would make, where it was made before."""
+        arrays, images = self.folder.read(k), stored.images(k)
+        return arrays if arrays is not None or images is None else self._restore(k, images)
 
     def _sample(self, k: int) -> dict[str, np.ndarray]:
         """Images (n, H, W, C), labels and features of micro-batch k, on the host."""

@@ -95,7 +95,8 @@ def run_script(main: Callable[[], object], prints_result: bool = False) -> None:
         main()
         sys.stdout.flush()
         if "stdout" in lost:
-            print(f"{os.path.basename(sys.argv[0])}: error: cannot write stdout: {lost['stdout']}", file=sys.stderr)
+            word = "error" if prints_result else "warning"
+            print(f"{os.path.basename(sys.argv[0])}: {word}: cannot write stdout: {lost['stdout']}", file=sys.stderr)
             if prints_result:
                 _exit(1)
     except Exception as error:

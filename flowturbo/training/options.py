@@ -1,6 +1,7 @@
 """The options of training: a frozen dataclass for each group of flags, and all of them together. No torch is imported.
 
-A field with `shapes=True` shapes a run: one that goes on must share it with its checkpoint.
+A field with `shapes=True` shapes a run: one that goes on must share it with its checkpoint. What shapes it by its
+content (images, class map, networks) is compared by that, not by its path.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class DataOptions(_Group):
     """What is trained on."""
 
     data_path: str = option(help="one folder of images per class, or a folder of cached latents", metavar="DIR")
-    class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON", shapes=True)
+    class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON")
     subset: float = option(
         1.0, "train on this share of every class", within=Range(lambda value: 0 < value <= 1, "lie in (0, 1]")
     )
@@ -80,7 +81,6 @@ class DataOptions(_Group):
         "autoencoder: vae-ema (stabilityai/sd-vae-ft-ema), vae-mse, a hub id, a local folder, or none to work on "
         "pixels",
         metavar="NAME",
-        shapes=True,
     )
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class Optimisation(_Group):
         shapes=True,
     )
     clip_grad: float | None = option(None, "largest norm of the gradient", within=POSITIVE, shapes=True)
-    accumulate: int = option(1, "split each rank's share into so many passes", within=AT_LEAST_1)
+    accumulate: int = option(1, "split each rank's share into so many passes", within=AT_LEAST_1, shapes=True)
     exact: bool = option(
         False,
         "results that do not depend on the number of ranks, bit for bit: gradients of 12 fixed parts of the batch are "
@@ -275,6 +275,8 @@ class TrainingOptions:
         """The settings that shape the run, with their defaults; its length too where the learning rate follows it."""
         declared = [each for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
         shaping = {each.name: each.default for each in declared}
+        if self.optimisation.exact:  # its parts of the batch are others
+            del shaping["accumulate"]
         if self.optimisation.lr_schedule != "constant":
             shaping |= dict.fromkeys(["epochs"] if self.optimisation.epochs is not None else ["epochs", "steps"])
         return shaping

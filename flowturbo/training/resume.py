@@ -18,7 +18,8 @@ from flowturbo.data.folders import TrainingData, class_names
 from flowturbo.data.identity import data_changes
 from flowturbo.models import SiT
 from flowturbo.networks.load import model_config
-from flowturbo.system.claims import OtherSettings, differences, write_record
+from flowturbo.system.claims import OtherSettings, differences, shown, write_record
+from flowturbo.system.code import made_by
 from flowturbo.system.distributed import World
 from flowturbo.system.files import LOCK, exclusive, sha256
 from flowturbo.training.build import FrozenNetworks
@@ -43,6 +44,8 @@ def record_of(options: TrainingOptions, frozen: FrozenNetworks, model: SiT, data
         "data": data.identity().record(),
         **class_names(data, model.num_classes).config(),
         "teacher": None if frozen.teacher_file is None else sha256(frozen.teacher_file),
+        "autoencoder": frozen.autoencoder.fingerprint(),
+        "made_by": made_by(),
     }
 
 
@@ -64,6 +67,8 @@ def begin(
             before = state.load(checkpoint)
             if not options.output.allow_changes:
                 ranks.agree(lambda: refuse_changes(before, record, options, data, checkpoint))
+            if ranks.is_main and of_other_code(before):
+                print("note: the code has changed since the checkpoint was made: results may differ from its own")
         ranks.agree(lambda: write_record(folder / "config.json", record))
         yield Run(options, optimisation, ranks, state, folder, record, frozen)
 
@@ -148,19 +153,47 @@ def refuse_changes(
     settings, network, data_record = before.get("training", {}), before.get("model", now["model"]), before.get("data")
     rules = data_record.get("rules") if isinstance(data_record, Mapping) else None
     tables = isinstance(settings, Mapping) and isinstance(network, Mapping)
-    if not tables or any(map(_holds_tensors, (settings, network, data_record, rules))):
+    if not tables or any(map(_holds_tensors, (settings, network, data_record, rules, before))):
         raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} is damaged: its config holds no settings")
     changed, shaping = [], options.shaping()
     if settings:
         settings = {**{name: default for name, default in shaping.items() if default is not None}, **settings}
         changed = differences(settings, now["training"], [name for name in shaping if name in settings])
     changed += data_changes(data_record, data)
-    if isinstance(before.get("teacher"), str) and before["teacher"] != now["teacher"]:
-        changed.append("the teacher has other weights")
+    changed += content_changes(before, now)
     if other := [name for name, value in now["model"].items() if network.get(name) != value]:
         changed.append(f"the network has another {', '.join(other)}")
     if changed:
         raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
+
+
+def of_other_code(before: Mapping[str, Any]) -> bool:
+    """Whether a record says that other code has made it. That refuses no run: most changes of code change no result."""
+    maker = before.get("made_by")
+    return isinstance(maker, Mapping) and maker.get("code") != made_by()["code"]
+
+
+def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has changed in files and versions that shape a run. A record that lacks one is of an earlier version."""
+    changed = []
+    if isinstance(before.get("teacher"), str) and before["teacher"] != now["teacher"]:
+        changed.append("the teacher has other weights")
+    settings = before.get("training", {})
+    if "autoencoder" in before:
+        if before["autoencoder"] != now["autoencoder"]:
+            changed.append("the autoencoder has other weights")
+    elif settings:
+        changed += differences(settings, now["training"], ["vae_ckpt"])
+    if settings and not _has_labels(before.get("data")):
+        changed += differences(settings, now["training"], ["class_map"])
+    maker = before.get("made_by")
+    if isinstance(maker, Mapping) and maker.get("torch") != now["made_by"]["torch"]:
+        changed.append(f"torch was {shown(maker.get('torch'))}, is {shown(now['made_by']['torch'])}")
+    return changed
+
+
+def _has_labels(data_record: object) -> bool:
+    return isinstance(data_record, Mapping) and isinstance(data_record.get("labels"), str)
 
 
 def _holds_tensors(part: object) -> bool:

@@ -67,6 +67,7 @@ class DataOptions(_Group):
 
     data_path: str = option(help="one folder of images per class, or a folder of cached latents", metavar="DIR")
     class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON")
+    check_data: bool = option(False, "look at every image, report on the data, and end")
     subset: float = option(
         1.0, "train on this share of every class", within=Range(lambda value: 0 < value <= 1, "lie in (0, 1]")
     )
@@ -250,7 +251,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         Target(self.target)
         if self.target == "refiner":
-            if not self.refiner.model_teacher_ckpt:
+            if not self.refiner.model_teacher_ckpt and not self.data.check_data:
                 raise ValueError("target refiner needs model_teacher_ckpt, the trained predictor")
             if self.predictor.path_type != "linear":
                 raise ValueError("target refiner works on the linear path: expected path_type linear")

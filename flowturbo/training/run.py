@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch, LoaderFailed, TrainingSamples, ahead, training_loader
 from flowturbo.data.pictures import grid, save_png
+from flowturbo.data.report import contact_sheet
 from flowturbo.networks.precision import cast
-from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.system.distributed import World
-from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.build import FrozenNetworks, images_of
 from flowturbo.training.log import RunLog
 from flowturbo.training.objective import Objective
 from flowturbo.training.options import Optimisation, TrainingOptions
@@ -72,9 +73,11 @@ class Run:
             what = f"{trained:,} parameters, {len(data):,} images in {len(data.classes)} classes"
             log.say(f"{self.options.target}: {what}")
             for note in notes:
-                log.say(f"note: {note}")
+                log.say(note)
             where = f"{ranks.size} x {ranks.device}, {self.frozen.dtype}"
             log.say(f"{where}, steps {first} to {total}, writing to {self.folder}")
+            if ranks.is_main and (images := images_of(data)) is not None:
+                save_png(self.folder / "data.png", contact_sheet(images))
             failure = self.fit(loader, objective, stop, log)
             ranks.barrier()
             step = self.state.step
@@ -117,7 +120,7 @@ class Run:
             if stopping:
                 return failure
             if main and samples and output.sample_every:
-                save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
+                self.show(saved=saves)
         return None
 
     def save(self) -> Path:
@@ -127,6 +130,14 @@ class Run:
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, self.record))
         return path
+
+    def show(self, saved: bool) -> None:
+        """Write the step's picture. Raises NotFinite where it is not, the state saved by then."""
+        try:
+            save_png(self.folder / "samples" / f"{self.state.step:07d}.png", self.picture())
+        except NotFinite as error:
+            path = self.folder / CHECKPOINTS if saved else self.save()
+            raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
 
     def picture(self) -> Image.Image:
         """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.

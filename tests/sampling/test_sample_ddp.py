@@ -308,7 +308,7 @@ def test_what_one_code_has_begun_no_other_finishes(draw, tmp_path, monkeypatch):
     draw()
     monkeypatch.setattr(sample_set, "made_by", lambda: {"torch": "9.9", "code": "0123"})
     assert draw().ms_per_image == 0  # complete, by one code alone
-    with pytest.raises(OtherSettings, match=rf"was made with torch '.*', not '9\.9'$|was made with code"):
+    with pytest.raises(OtherSettings, match=r"was made with torch '.*', not '9\.9'$|was made with code"):
         draw(count=COUNT + 2)
 
 
@@ -324,6 +324,53 @@ def test_an_image_that_is_not_finite_ends_a_set_unfinished(save_network, draw, t
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"huge\.pt.*is not finite"):
         draw("--predictor-ckpt", path, "--schedule", "H1P2", tag="b")
+
+
+def family(pid):
+    """A process and its descendants: torchrun's workers have sessions of their own."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(entry.parent.name)] = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def kill_and_finish(flags, folder, kills, ranks):
+    """Start the run so many times and kill it, all ranks at once, at random moments; then let it finish.
+
+    Returns how many micro-batches were there after each kill that met a run at work.
+    """
+    moments = random.Random(0)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, ddp.__file__, *flags, "--sample-dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    batches, progress = folder / "a" / "batches", []
+
+    def made():
+        return len(list(batches.glob("[0-9]*.batch"))) if batches.exists() else 0
+
+    for _ in range(kills):
+        before = made()
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+        while made() == before and process.poll() is None:  # the imports take seconds
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            progress.append(made())
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return progress
+
+
+def long_flags(flags, count):
+    """Enough micro-batches that a kill meets a run at work."""
+    return [*flags, "--num-fid-samples", str(count), "--schedule", "H10", "--per-proc-batch-size", "2"]
 
 
 @pytest.mark.slow  # the campaign in tests/reliability kills sampling too
@@ -534,8 +581,7 @@ def test_wrong_values_leave_no_folder_behind(draw, tmp_path):
     assert images(tmp_path).shape == (COUNT, 8, 8, 3)
 
 
-def test_statistics_of_ranks_are_sums(reference):
-    """What merged_statistics relies on: the sums of the shares are those of the whole."""
+def test_statistics_of_parts_merge_to_those_of_the_whole(reference):
     pool = FeatureSet.load(reference[0] / "a-features.npz").pool
     parts = [GaussianStatistics(192) for _ in range(2)]
     parts[0].update(pool[:5])

@@ -210,14 +210,14 @@ def test_data_teacher_and_network_may_not_change(change):
 
 
 def test_the_autoencoder_and_torch_may_not_change(change):
-    with pytest.raises(TrainedOtherwise, match="the autoencoder has other weights; torch was '2.8', is '2.9'"):
+    with pytest.raises(TrainedOtherwise, match=r"the autoencoder has other weights; torch was '2\.8', is '2\.9'"):
         change(before=record(autoencoder="other", made_by={"torch": "2.8", "code": "a"}))
 
 
 def test_what_a_record_of_an_earlier_version_does_not_hold_is_compared_by_its_path(change):
     now = replace(OPTIONS, data=DataOptions("d", class_map="b.json", vae_ckpt="other"))
     old = {name: value for name, value in record().items() if name not in ("autoencoder", "made_by")}
-    with pytest.raises(TrainedOtherwise, match="vae_ckpt 'vae-ema', not 'other'; class_map None, not 'b.json'"):
+    with pytest.raises(TrainedOtherwise, match=r"vae_ckpt 'vae-ema', not 'other'; class_map None, not 'b\.json'"):
         change(now, before=old)
 
 

@@ -21,6 +21,7 @@ from flowturbo.models import SiT
 from flowturbo.networks.compiled import CannotCompile
 from flowturbo.networks.load import load_network
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.sampling.generate import ImageSampler, NotFinite
 from flowturbo.system import cli
 from flowturbo.system.advice import advice_for
 from flowturbo.training import objective, step, stopping
@@ -463,3 +464,41 @@ def test_a_time_limit_stops_with_a_checkpoint(flags, tmp_path):
     (saved,) = (folder / "checkpoints").glob("*.pt")
     assert f"stopped by the time limit after step {int(saved.stem)}" in (folder / "log.txt").read_text()
     assert Path(saved).stat().st_size > 0
+
+
+# ---- the data report
+
+
+def test_an_unreadable_image_is_found_before_there_is_a_run(flags, data, tmp_path):
+    shutil.copytree(data, tmp_path / "images")
+    (tmp_path / "images" / "c1" / "3.png").write_bytes((data / "c1" / "3.png").read_bytes()[:60])
+    more = ["--data-path", tmp_path / "images", "--steps", 1]
+    with pytest.raises(ValueError, match=r"cannot read image '.*c1/3\.png'"):
+        run(tmp_path / "results", *flags("predictor"), *more)
+    assert not (tmp_path / "results").exists()
+
+
+def test_check_data_reports_and_trains_nothing(data, tmp_path, capsys):
+    """For a refiner too, without its teacher."""
+    train.main(["--data-path", str(data), "--check-data", "--image-size", "8", "--results-dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "data: 16 images in 2 classes of 8 to 8: c0 (8), c1 (8)\n" in told
+    assert told.endswith(f"crops: {tmp_path / 'data.png'}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.png"]
+
+
+def test_a_run_begins_with_the_report_and_a_sheet_of_crops(flags, tmp_path):
+    folder = run(tmp_path, *flags("predictor"), "--steps", 1)
+    assert "data: 16 images in 2 classes of 8 to 8: c0 (8), c1 (8)" in (folder / "log.txt").read_text()
+    assert Image.open(folder / "data.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
+
+def test_a_grid_that_is_not_finite_ends_a_run_saved(flags, tmp_path, monkeypatch):
+    def broken(self, *given):
+        raise NotFinite("sample 0: not finite with schedule H8 in float16")
+
+    monkeypatch.setattr(ImageSampler, "__call__", broken)
+    message = r"^step 2: sample 0: not finite with schedule H8 in float16; the run is saved in .*0000002\.pt$"
+    with pytest.raises(NotFinite, match=message):
+        run(tmp_path, *flags("predictor"), "--steps", 9, "--sample-every", 2)
+    assert checkpoint(tmp_path / "000-predictor-no-note", 2)["step"] == 2

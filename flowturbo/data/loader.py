@@ -6,16 +6,9 @@ whether it is flipped, and what the objective draws for it. A run goes on exactl
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,32 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.randomness import Stream, keyed_generator
-from flowturbo.system.cli import EndedEarly, one_line
+from flowturbo.data.workers import Loader, LoaderFailed, items
+from flowturbo.system.cli import one_line
 from flowturbo.system.distributed import World
-from flowturbo.system.signals import STOPS
 
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
-LONGEST_WAIT = 1800  # seconds for one batch
-CHECK = 3  # seconds between looks whether the workers are alive
-EXIT_DESCRIPTORS, EXIT_SHARED_MEMORY = 71, 74  # of workers that cannot send a batch
-CAUSES = {  # why a loader fails by no fault of the data
-    "descriptors": "the loader has run out of file descriptors",
-    "shared memory": "the loader has run out of shared memory (/dev/shm)",
-    "killed": "a loader worker was killed, as machines do that run out of memory",
-    "waiting": f"a loader worker has given no batch for {LONGEST_WAIT // 60} minutes",
-}
-EXITS = {  # exit codes of workers
-    EXIT_DESCRIPTORS: "descriptors",
-    EXIT_SHARED_MEMORY: "shared memory",
-    -signal.SIGBUS: "shared memory",  # a page of it that was promised is not there
-    -signal.SIGKILL: "killed",
-}
-SIGNS = {  # what torch's errors say
-    "descriptors": ("Too many open files", "ancdata"),
-    "shared memory": ("shared memory", "unable to write to file"),
-    "waiting": ("DataLoader timed out",),
-}
-_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 class Batch(NamedTuple):
@@ -152,101 +124,33 @@ def training_loader(
             f"global batch size {global_batch_size} over {world.size} ranks: needs at least {least} samples"
             + (f" and at most {MICRO_BATCHES} ranks in exact mode" if exact else "")
         )
-    return _Loader(
-        samples,
-        batch_sampler=StepSampler(global_batch_size, world, first, last, exact),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_begin_worker,
-        timeout=CHECK if workers else 0,
-    )
-
-
-class _Loader(DataLoader):
-    """A loader whose workers hear no signal before they have left the parent's group."""
-
-    def __iter__(self) -> Any:
-        before, on_child = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), signal.getsignal(signal.SIGCHLD)
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if threading.current_thread() is threading.main_thread():  # torch's would raise in the middle of an update
-                signal.signal(signal.SIGCHLD, on_child)
+    sampler = StepSampler(global_batch_size, world, first, last, exact)
+    return Loader(samples, workers, world.device, batch_sampler=sampler, collate_fn=_as_it_is)
 
 
 def ahead(batches: Iterable[Batch], count: int = 2) -> Iterator[tuple[Batch, LoaderFailed | None]]:
     """Batches, each with what reading one of the next `count` has raised, or None.
 
     So a rank learns that it cannot go on while it has the batches of the steps that the others may make before they
-    hear of it. Where the first batches cannot be read it raises at once: LoaderFailed in place of the loader's errors.
+    hear of it. Raises at once where the first batches cannot be read.
     """
     held: deque[Batch] = deque()
     failure: LoaderFailed | None = None
-    source: Iterator[Batch] | None = None
-    begun = False
+    source, begun = items(batches), False
     while True:
         try:
-            source = iter(batches) if source is None else source
             while failure is None and len(held) <= count:
-                held.append(_next(source))
+                held.append(next(source))
         except StopIteration:
             count = -1
         except Exception as error:
-            exits = [worker.exitcode for worker in getattr(source, "_workers", ())]
-            failure, source = LoaderFailed.of(error, exits), None
             if not begun:
-                raise failure if failure.cause else error from None
+                raise
+            failure = error if isinstance(error, LoaderFailed) else LoaderFailed(one_line(error))
         if not held:
             return
         begun = True
         yield held.popleft(), failure
-
-
-def _next(source: Iterator[Batch]) -> Batch:
-    limit = time.monotonic() + LONGEST_WAIT
-    while True:
-        try:
-            return next(source)
-        except RuntimeError as error:  # every CHECK seconds, if all workers are alive; asking again is right
-            if "DataLoader timed out" not in str(error) or time.monotonic() > limit:
-                raise
-
-
-class LoaderFailed(EndedEarly):
-    """Training samples could not be read on; `cause` is one of CAUSES, or empty for bad data."""
-
-    def __init__(self, message: str, cause: str = ""):
-        super().__init__(message)
-        self.cause = cause
-
-    @classmethod
-    def of(cls, error: Exception, exits: Sequence[int | None] = ()) -> LoaderFailed:
-        """What to tell of an error that a loader has raised, whose workers have these exit codes."""
-        said = str(error)
-        cause = next((EXITS[code] for code in exits if code in EXITS), "")
-        cause = cause or next((cause for cause, signs in SIGNS.items() if any(sign in said for sign in signs)), "")
-        return cls(CAUSES.get(cause) or one_line(error), cause)
-
-
-def _begin_worker(worker: int) -> None:
-    # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
-    # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
-    os.setpgrp()
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # forgets what came before
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    if sys.platform == "linux":  # it ends with its parent however that ends, and seconds before it would notice
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A batch that cannot be sent would be dropped with a traceback, and the parent would wait for it.
-    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
-
-
-def _end_worker(error: Exception, sent: object) -> None:
-    descriptors = "Too many open files" in str(error)
-    os._exit(EXIT_DESCRIPTORS if descriptors else EXIT_SHARED_MEMORY)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowturbo.data.folders import TrainingData
-from flowturbo.data.loader import Batch, LoaderFailed, TrainingSamples, ahead, training_loader
+from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.data.report import contact_sheet
+from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.system.distributed import World

@@ -16,7 +16,7 @@ from runs import assert_close, assert_same_bits, checkpoint, figures, metrics, r
 
 import train
 from flowturbo.data.folders import ClassFolder
-from flowturbo.data.loader import LoaderFailed
+from flowturbo.data.workers import LoaderFailed
 from flowturbo.models import SiT
 from flowturbo.networks.compiled import CannotCompile
 from flowturbo.networks.load import load_network

@@ -455,8 +455,8 @@ def terminals(lab: Lab) -> None:
                 save = State.save
 
                 def closing(*args: object) -> str:
-                    with suppress(OSError):
-                        os.close(reading)
+                    State.save = save
+                    os.close(reading)
                     return save(*args)
 
                 State.save = closing

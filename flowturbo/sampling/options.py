@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowturbo.configurations import PRECISIONS, QUANTIZATIONS
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.options import option, seed
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS
-from flowturbo.transport.spec import SamplerSettings, SamplerSpec
+from flowturbo.transport.spec import SamplerSettings
 
 EXTRACTORS = ("inception", "pixels", "dinov2")
 DEVICE_HELP = "auto, cuda, cuda:K or cpu"
@@ -52,9 +53,16 @@ class SamplingOptions:
     cfg_scale: float = option(4.0, "guidance; 1 is none, at half the cost")
     cfg_channels: str = option("3", "guide the first so many channels, or all; 3 as published for SiT")
     cfg_interval: tuple[float, float] = option((0.0, 1.0), "guide only while LOW <= t <= HIGH", metavar=("LOW", "HIGH"))
+    cfg_every: int = option(
+        1,
+        "evaluate the null branch at each K-th evaluation only, and extrapolate in between: fewer rows; good up to a "
+        "scale of about 2",
+        metavar="K",
+    )
     refiner_step: str = option(
         "released",
-        "R blocks as in the published code, consistent with the training, or with a single evaluation",
+        "R blocks as in the published code, consistent with the training, or with a single evaluation: single after P, "
+        "midpoint after M, adams after A",
         choices=REFINER_STEPS,
     )
     path_type: str | None = option(
@@ -66,6 +74,7 @@ class SamplingOptions:
     rtol: float = option(1e-3, "relative tolerance of dopri5")
     diffusion: str = option("sigma", "diffusion term of the SDE", choices=tuple(DIFFUSIONS))
     seed: int = option(0, "image i depends on the seed and i alone", type=seed)
+    strict: bool = option(False, "refuse a solver that was made for another model or guidance, in place of a warning")
 
     def __post_init__(self) -> None:
         if self.cfg_channels != "all" and not re.fullmatch("[0-9]{1,9}", self.cfg_channels):
@@ -76,7 +85,7 @@ class SamplingOptions:
     def guidance(self) -> Guidance:
         """How far, on which channels and when to guide."""
         channels = self.cfg_channels if self.cfg_channels == "all" else int(self.cfg_channels)
-        return Guidance(self.cfg_scale, channels, self.cfg_interval)
+        return Guidance(self.cfg_scale, channels, self.cfg_interval, self.cfg_every)
 
     def settings(self, path_type: str) -> SamplerSettings:
         """What a SamplerSpec is built with, on the path that the predictor was trained on."""
@@ -89,7 +98,7 @@ class SamplingOptions:
 class SetOptions:
     """A set of samples for evaluation: what, how many, and where they go. Raises ValueError for impossible values."""
 
-    schedule: str = option("H1P5R3", "as in sample.py: blocks with counts, dopri5 or sdeN")
+    schedule: str = option("H1P5R3", "as in sample.py: blocks with counts, a solver, dopri5 or sdeN")
     num_fid_samples: int = option(50_000, "how many images")
     per_proc_batch_size: int = option(32, "images sampled at once by each rank")
     labels: str = option(
@@ -122,9 +131,9 @@ class SetOptions:
             raise ValueError(f"tag {self.tag!r} must be a word for a folder name")
         if self.tag is not None and self.tag.endswith("-features"):
             raise ValueError(f"tag {self.tag!r} would write where another tag's features go")
-        SamplerSpec.parse(self.schedule)
+        parse_sampler(self.schedule)
 
     def folder(self, sampling: SamplingOptions) -> Path:
         """Where the set is made."""
-        schedule = SamplerSpec.parse(self.schedule)
+        schedule = parse_sampler(self.schedule)
         return Path(self.sample_dir) / (self.tag or f"{schedule}-cfg{sampling.cfg_scale:g}-seed{sampling.seed}")

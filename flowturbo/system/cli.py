@@ -77,6 +77,11 @@ def hyphenate(argv: Sequence[str] | None) -> list[str]:
     return spelled
 
 
+def warn(text: str) -> None:
+    """Tell in one line, on stderr, what a user should know although the work goes on."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class EndedEarly(OSError):
     """Work that began well could not go on. What was done until then is kept."""
 

@@ -65,9 +65,11 @@ class SampleFolder:
         what, settings = f"folder {os.fspath(self.folder)!r}", json.loads(json.dumps(settings))
         grows = type(before.get(COUNT)) is int and before[COUNT] < self.count
         check_same(what, {**before, COUNT: self.count} if grows else before, settings)
-        if bool(digests) and not grows and self._whole(digests) == digests.keys():
+        whole = set() if grows else self._whole(digests)
+        if digests and whole == digests.keys():
             return True
-        if maker is not None and isinstance(made, dict):
+        all_is_there = self.archive.name in whole  # what else is lost is made of it
+        if maker is not None and isinstance(made, dict) and not all_is_there:
             check_same(f"the first part of {what}", made, maker)
         return False
 
@@ -84,7 +86,7 @@ class SampleFolder:
         if self.is_complete(settings, maker):
             return True
         found = read_record(self.record) or {}
-        record = {"settings": settings, "made_by": maker}
+        record = {"settings": settings, "made_by": found.get("made_by") or maker}
         if stored := found.get("outputs") or found.get(STORED):  # what has been made is taken from there
             record[STORED] = stored
         write_record(self.record, record)
@@ -95,6 +97,7 @@ class SampleFolder:
     ) -> None:
         """Record the outputs' digests, then drop the micro-batch files."""
         digests = {os.fspath(path.relative_to(self.folder.parent)): sha256(path) for path in outputs}
+        maker = (read_record(self.record) or {}).get("made_by") or maker
         write_record(self.record, {"settings": settings, "made_by": maker, "outputs": digests})
         for k in range(self.batches):
             self._path(k).unlink(missing_ok=True)

@@ -170,8 +170,10 @@ class SampleSet:
 
     def _at_hand(self, k: int, stored: Stored) -> dict[str, np.ndarray] | None:
         """What `_sample` would make, where it was made before."""
-        arrays, images = self.folder.read(k), stored.images(k)
-        return arrays if arrays is not None or images is None else self._restore(k, images)
+        arrays = self.folder.read(k)
+        if arrays is None and (images := stored.images(k)) is not None:
+            return self._restore(k, images)
+        return arrays
 
     def _sample(self, k: int) -> dict[str, np.ndarray]:
         """Images (n, H, W, C), labels and features of micro-batch k, on the host."""

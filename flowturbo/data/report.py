@@ -52,7 +52,8 @@ class DataReport:
         """The report in words."""
         total, size = len(data), data.image_size
         counts = Counter(data.folders)
-        each = [f"{name} ({counts[k]})" for k, name in enumerate(data.classes[:SHOWN])]
+        order = sorted(range(len(data.classes)), key=lambda k: (data.class_indices[k], data.classes[k]))
+        each = [f"{data.classes[k]} ({counts[k]})" for k in order[:SHOWN]]
         more = f" and {len(data.classes) - SHOWN} more" if len(data.classes) > SHOWN else ""
         lines = [
             f"data: {total:,} images in {len(data.classes):,} classes of {min(counts.values()):,} to "

@@ -416,7 +416,7 @@ def test_labels_are_drawn_by_key_or_in_turn(draw, monkeypatch):
     [
         (["--seed", "1"], "seed 0, not 1"),
         (["--schedule", "H1P2R2"], "schedule 'H1P2R1', not 'H1P2R2'"),
-        (["--num-fid-samples", "19"], "num_fid_samples 18, not 19"),
+        (["--num-fid-samples", "17"], "num_fid_samples 18, not 17"),
         (["--per-proc-batch-size", "5"], "per_proc_batch_size 4, not 5"),
         (["--cfg-scale", "2"], "cfg_scale 1.5, not 2.0"),
         (["--cfg-interval", "0", "0.5"], "cfg_interval [0.0, 1.0], not [0.0, 0.5]"),

@@ -323,7 +323,7 @@ def test_what_a_loader_cannot_read_on_ends_a_run_saved(flags, tmp_path, monkeypa
     act = unreadable if "image" in message else lambda: os.kill(os.getpid(), signal.SIGKILL)
     more = [*flags("predictor"), "--num-workers", workers, "--steps", 40]
     with monkeypatch.context() as patch:
-        break_loader(patch, 28, act)
+        break_loader(patch, 16 + 28, act)  # the report on the data has read each of the 16 images
         with pytest.raises(LoaderFailed, match=rf"^{message}; the run stopped after step (\d+), saved$") as caught:
             run(tmp_path, *more)
     step = int(re.search(r"step (\d+)", str(caught.value))[1])

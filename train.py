@@ -3,6 +3,7 @@
 Usage:
   torchrun --nnodes=1 --nproc_per_node=1 train.py --data-path DIR --model-teacher-ckpt predictor.pt
   python train.py --target predictor --data-path DIR --model SiT-B/2      # one process needs no torchrun
+  python train.py --recipe endpoint --schedule M4R1 --refiner-step midpoint --model-teacher-ckpt FILE   # no images
   python train.py --data-path DIR --check-data                            # every image, before anything is trained
 
 Exit codes: 0 done, 75 stopped by a signal or --max-hours and saved (run it again with --resume auto), 1 what went well
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes = ranks.agree(lambda: look_at(data))
         model = new_model(options, frozen, data).to(ranks.device)
         with begin(options, ranks, frozen, model, data) as run:
-            done = run.execute(data, make_objective(options, frozen, model), stop, notes)
+            done = run.execute(data, make_objective(options, frozen, model, data), stop, notes)
     if not done:
         sys.exit(EXIT_STOPPED)
 

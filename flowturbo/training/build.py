@@ -19,6 +19,7 @@ from flowturbo.networks.precision import cast, pick_precision
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import load_autoencoder_of
 from flowturbo.training.options import TrainingOptions
+from flowturbo.training.trajectories import Trajectories
 from flowturbo.weights.checkpoint import resolve
 
 
@@ -55,6 +56,9 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     Raises ValueError where they do not fit the model.
     """
     given, autoencoder, teacher = options.data, frozen.autoencoder, frozen.teacher
+    if options.by_end_points:
+        return _trajectories(options, frozen)
+    assert given.data_path is not None
     size, num_classes, channels = given.image_size, options.predictor.num_classes, options.predictor.channels
     if teacher is not None:
         channels, height, width = teacher.input_shape
@@ -74,6 +78,26 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
 
 
+def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajectories:
+    """What recipe endpoint trains on. Raises ValueError for guidance of a predictor without a null class."""
+    assert frozen.teacher is not None
+    if frozen.teacher.class_dropout_prob <= 0 and options.guidance.cfg_scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
+    count, seed = settings.pop("trajectories"), options.optimisation.seed
+    data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    if options.data.data_path is not None:
+        data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
+    return data
+
+
+def described(data: TrainingData) -> str:
+    """How much data there is, in words."""
+    if isinstance(data, Trajectories):
+        return f"{len(data):,} trajectories of the predictor"
+    return f"{len(data):,} images in {len(data.classes)} classes"
+
+
 def images_of(data: TrainingData) -> ClassFolder | None:
     """The folder of images behind data; None for cached latents."""
     whole = data.data if isinstance(data, Subset) else data
@@ -88,12 +112,14 @@ def look_at(data: TrainingData) -> list[str]:
         report.refuse()
         return report.lines(images)
     whole = data.data if isinstance(data, Subset) else data
-    return [f"note: {whole.note}"] if isinstance(whole, LatentFolder) and whole.note else []
+    return [f"note: {whole.note}"] if isinstance(whole, (LatentFolder, Trajectories)) and whole.note else []
 
 
 def report_on(options: TrainingOptions) -> None:
     """Print all that there is to say of the images, and write a sheet of crops. Raises ValueError as `look_at`."""
     given, predictor = options.data, options.predictor
+    if given.data_path is None:
+        raise ValueError("there is no data_path to check")
     class_map = read_class_map(given.class_map) if given.class_map else None
     size, channels = given.image_size or 256, predictor.channels
     data = ClassFolder(given.data_path, size, channels, predictor.num_classes, class_map, given.background)

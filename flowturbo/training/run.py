@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flowturbo.data.folders import TrainingData
@@ -21,7 +20,7 @@ from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.system.distributed import World
-from flowturbo.training.build import FrozenNetworks, images_of
+from flowturbo.training.build import FrozenNetworks, described, images_of
 from flowturbo.training.log import RunLog
 from flowturbo.training.objective import Objective
 from flowturbo.training.options import Optimisation, TrainingOptions
@@ -30,6 +29,7 @@ from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.spec import SamplerSettings
 from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
+from flowturbo.weights.info import without_folders
 
 
 @dataclass
@@ -71,8 +71,7 @@ class Run:
         first, total = self.state.step, self.optimisation.steps
         with RunLog(self.folder if ranks.is_main else None, total, first) as log:
             trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
-            what = f"{trained:,} parameters, {len(data):,} images in {len(data.classes)} classes"
-            log.say(f"{self.options.target}: {what}")
+            log.say(f"{self.options.target}: {trained:,} parameters, {described(data)}")
             for note in notes:
                 log.say(note)
             where = f"{ranks.size} x {ranks.device}, {self.frozen.dtype}"
@@ -92,7 +91,7 @@ class Run:
         return self.is_done
 
     def fit(
-        self, batches: Iterable[Batch], objective: Callable[[Batch], Tensor], stop: StopRequest, log: RunLog
+        self, batches: Iterable[Batch], objective: Objective, stop: StopRequest, log: RunLog
     ) -> LoaderFailed | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
@@ -101,6 +100,12 @@ class Run:
         sampled before every step so far was found finite.
         """
         state, output, main = self.state, self.options.output, self.ranks.is_main
+        if self.is_done:
+            return None
+        if objective.prepares and main and state.step == 0:
+            self.save()  # by which a run that is stopped or killed while it prepares is found again
+        if not objective.prepare(self.folder, self.ranks, stop, log):
+            return None
         before: Update | None = None
         for batch, failure in ahead(batches):
             wanted = stop.wanted or failure is not None
@@ -115,7 +120,8 @@ class Run:
                 stopping |= told.stop
             before = told
             if logs or stopping:
-                log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm)
+                figures = objective.figures(state.ema) if main else {}
+                log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm, **figures)
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
             if stopping:
@@ -125,11 +131,14 @@ class Run:
         return None
 
     def save(self) -> Path:
-        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""
+        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
+
+        Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
+        """
         output = self.options.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
-        checkpoints.record(path, self.state.save(path, self.record))
+        checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
 
     def show(self, saved: bool) -> None:
@@ -141,7 +150,7 @@ class Run:
             raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
 
     def picture(self) -> Image.Image:
-        """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.
+        """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.
 
         The networks are as users sample with them: the EMA's blocks and the autoencoder in the run's precision, in
         copies.
@@ -156,10 +165,10 @@ class Run:
             frozen.device,
         )
         count, has_null = networks.predictor.num_classes, networks.predictor.class_dropout_prob > 0
-        guidance = Guidance(self.options.output.cfg_scale if has_null else 1.0)
-        settings = SamplerSettings(guidance, path_type=self.options.predictor.path_type)
+        guidance = self.options.guidance.guidance if has_null else Guidance(1.0)
+        settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
         classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
-        names = ["H8"] if teacher is None else ["H8", "H1P5R3"]
+        names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
         samplers = [ImageSampler(networks, name, settings) for name in names]
         rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  cfg {guidance.scale:g}" for name in names])
+        return grid(rows, [f"{name}  {guidance}" for name in names])

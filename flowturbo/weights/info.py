@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowturbo.system.values import check_json, plain, shown, typed
+from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.path import PATHS
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -54,6 +55,12 @@ class CheckpointInfo:
         """The interpolation path that the network was trained on; None where that is not known."""
         found = self.training.get("path_type")
         return found if isinstance(found, str) and found in PATHS else None
+
+    @property
+    def refiner_step(self) -> str | None:
+        """The form of the R block that a refiner was trained for; None where it was for none in particular."""
+        found = self.training.get("refiner_step") if self.training.get("recipe") == "endpoint" else None
+        return found if isinstance(found, str) and found in REFINER_STEPS else None
 
 
 FILES = ("data_path", "class_map", "vae_ckpt", "model_teacher_ckpt", "results_dir", "resume")  # settings that are paths

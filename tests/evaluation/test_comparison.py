@@ -49,6 +49,7 @@ def test_what_is_missing_is_said_and_not_made_up():
     few = dict(evaluate(whole, feature_set(pool[:3])))
     assert few["Precision"].reason == few["Recall"].reason == "3 samples: precision and recall need more than k = 3"
     assert few["KID"].value is not None
+    assert few["MIND"].value > 0
 
 
 @pytest.mark.parametrize("size", [1e160, 1e308])

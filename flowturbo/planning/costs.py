@@ -13,7 +13,6 @@ from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.transport.blocks import BLOCKS, Step
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import PATHS
-from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 
 _SHORT, _LONG = 2, 6  # blocks of the schedules whose difference is an evaluation's time
@@ -109,11 +108,11 @@ def time_calls(calls: dict, device: torch.device, batch_size: int) -> dict:
     return {name: 1000 * median(values) / batch_size for name, values in seconds.items()}
 
 
-def longest(costs: Costs, settings: SamplerSettings, fits: Callable[[SamplerSpec], bool], most: int = 64) -> int:
+def longest(fits: Callable[[SamplerSpec], bool], most: int = 64) -> int:
     """The largest number of evaluations that fits a budget, of schedules that evaluate once a step; 0 for none."""
     found = 0
     for steps in range(1, most + 1):
-        if not fits(SamplerSpec.parse(Schedule("A" * steps))):
+        if not fits(SamplerSpec.parse(f"A{steps}")):
             break
         found = steps
     return found

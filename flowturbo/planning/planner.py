@@ -24,8 +24,10 @@ from flowturbo.sampling.solvers import check_made_for, parse_sampler
 from flowturbo.system.cli import warn
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 
+FINE = "D64"  # four times the error of fidelity's, far below that of any candidate, at half the price
 FIRST_ROUND = 16  # samples; each later round has four times as many
 _LEAST = 4  # candidates at each cost that stay in, whatever a round finds
+_RIVALS = 8  # the best ones, that a candidate is compared with
 _DOUBT = 2.0  # standard errors by which a candidate must lag behind to be left out
 FIRST_NUMBER = 3 * 2**40  # of the samples: far from those that users sample, and from those of a search
 
@@ -44,8 +46,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a candidate: evaluations and rows (predictor, refiner), `ms` an image, added up from the costs of
-    evaluations and so the same for all of equal cost, fidelity; and `timed`, milliseconds measured on the whole."""
+    """What is known of a candidate: evaluations and rows (predictor, refiner), milliseconds an image, and fidelity.
+
+    `ms` is added up from the costs of evaluations, and so the same for all of equal cost; `timed` is measured.
+    """
 
     candidate: Candidate
     evaluations: tuple[int, int]
@@ -86,9 +90,8 @@ class Planner:
         found = self.candidates()
         if not found:
             raise ValueError(f"nothing can be sampled within {self.options.budget}")
-        fine = fine_end_points(
-            self.networks, self.settings, *self.draws, batch_size=self.options.batch_size, fine="D64"
-        )
+        batch = self.options.batch_size
+        fine = fine_end_points(self.networks, self.settings, *self.draws, batch_size=batch, fine=FINE)
         self.seen = {}
         last = self.options.num_images
         sizes = [last] if self.options.exhaustive else _sizes(last)
@@ -106,7 +109,7 @@ class Planner:
 
     def candidates(self) -> list[Candidate]:
         """All that fit the budget; thoroughly for the largest number of evaluations that does."""
-        most = longest(self.costs, self.settings, lambda spec: self.fits(Candidate(spec)))
+        most = longest(lambda spec: self.fits(Candidate(spec)))
         specs = [text for n in range(1, most + 1) for text in candidates(n, thorough=n == most)]
         found = [Candidate(parse_sampler(text)) for text in (*specs, *self.options.solvers)]
         for form, file in self.forms:
@@ -168,13 +171,16 @@ def promising(rows: Sequence[Measured]) -> list[Candidate]:
     ordered = sorted(rows, key=lambda row: row.fidelity.rmse.value)
     kept = []
     for k, row in enumerate(ordered):
-        rivals = [other for other in ordered[:k] if other.ms <= row.ms]
-        if len(rivals) >= _LEAST:
-            ratio = row.fidelity.ratio(rivals[0].fidelity)
-            if ratio.value - _DOUBT * ratio.standard_error > 1:
-                continue
-        kept.append(row.candidate)
+        rivals = [other for other in ordered[:k] if other.ms <= row.ms][:_RIVALS]
+        if len(rivals) < _LEAST or not any(_lags(row, other) for other in rivals):
+            kept.append(row.candidate)
     return kept
+
+
+def _lags(row: Measured, other: Measured) -> bool:
+    """Whether one is worse than another beyond doubt."""
+    ratio = row.fidelity.ratio(other.fidelity)
+    return ratio.value - _DOUBT * ratio.standard_error > 1
 
 
 def front(rows: Sequence[Measured]) -> list[Measured]:

@@ -17,9 +17,7 @@ STRENGTHS = {"sdedit": 0.7, "flowedit": 0.8, "invert": 0.7}
 class EditOptions:
     """How an image is edited. Raises ValueError for impossible values and combinations."""
 
-    schedule: str = option(
-        "H1P5R3", "blocks with counts or a solver, as in sample.py; all of it runs, whatever the strength"
-    )
+    schedule: str = option("H1P5R3", "blocks with counts, or a solver; all its steps are taken, whatever the strength")
     to_class: str | int | None = option(
         None, "what is generated: an index or a name, as in sample.py", flags=("--class",), metavar="CLASS"
     )

@@ -101,7 +101,8 @@ class Source:
 
     def with_tensors(self, values: Sequence[Tensor]) -> Source:
         """The same with others in place of `tensors`, in their order."""
-        return replace(self, **dict(zip(self.tensors(), values, strict=True)))
+        named: dict[str, Any] = dict(zip(self.tensors(), values, strict=True))
+        return replace(self, **named)
 
 
 class Edited:

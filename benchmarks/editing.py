@@ -275,6 +275,8 @@ def inpainting(options: EditingOptions, networks: Networks, data: Data) -> Itera
                 errors = (square / (masks.flatten(1).sum(dim=1) * len(images[0]))).sqrt()
                 completions = features("completed", to_uint8(made))
                 distance = dict(evaluate(data.statistics, completions, bootstrap=options.bootstrap))["FID"]
+                assert distance.value is not None
+                assert distance.standard_error is not None
                 figures = {"error in the mask": mean_of(errors), "FD": Mean(distance.value, distance.standard_error)}
                 yield Row("inpainting", str(schedule), evaluations, figures)
 

@@ -17,13 +17,15 @@ STRENGTHS = {"sdedit": 0.7, "flowedit": 0.8, "invert": 0.7}
 class EditOptions:
     """How an image is edited. Raises ValueError for impossible values and combinations."""
 
-    schedule: str = option("H1P5R3", "blocks with counts, or a solver; all its steps are taken, whatever the strength")
+    schedule: str = option(
+        "H1P5R3", "blocks with counts or a solver, as in sample.py; all of it runs, whatever the strength"
+    )
     to_class: str | int | None = option(
         None, "what is generated: an index or a name, as in sample.py", flags=("--class",), metavar="CLASS"
     )
     from_class: str | int | None = option(None, "what the image shows, for a change of class", metavar="CLASS")
     remove: bool = option(
-        False, "fill the mask with what surrounds it: generated without a class, or of a background class"
+        False, "fill the mask with what surrounds it: generated without a class, or of a background class that is given"
     )
     method: str | None = option(
         None,

@@ -22,6 +22,7 @@ from flowturbo.sampling.generate import Networks, check_settings
 from flowturbo.sampling.options import SamplingOptions
 from flowturbo.transport.editing import Source, noise_through, start_of
 from flowturbo.transport.samplers import FlowTurbo
+from flowturbo.transport.spec import SamplerSettings
 
 RAMP = 0.1  # of time, within which a grey part of a mask is let go
 
@@ -74,13 +75,17 @@ class Editor:
         check_settings(networks, settings)
         self.networks, self.options, self.seed, self.keep_steps = networks, options, sampling.seed, keep_steps
         engine = StaticGraphs if compile else None
-        spec = options.sampler
-        build = lambda settings: spec.build(networks.predictor, networks.refiner, settings, engine)  # noqa: E731
+
+        def build(settings: SamplerSettings) -> FlowTurbo:
+            sampler = options.sampler.build(networks.predictor, networks.refiner, settings, engine)
+            assert isinstance(sampler, FlowTurbo)
+            return sampler
+
         unguided = replace(settings, guidance=replace(settings.guidance, scale=1.0))
         self.to_class, self.from_class = (self._class(name) for name in (options.to_class, options.from_class))
         # The null class is the same in both branches.
-        self.sampler: FlowTurbo = build(unguided if self.to_class is None else settings)
-        self.inverter: FlowTurbo = build(unguided)
+        self.sampler = build(unguided if self.to_class is None else settings)
+        self.inverter = build(unguided)
         self.steps: list[Tensor] = []
 
     def edit(self, image: Image, mask: Mask | None = None) -> Edited:
@@ -265,7 +270,8 @@ class Canvas:
         side = self.whole[0][square].shape[0]
         scaled = [np.array(to_pil(image).resize((side, side), resample=3)).reshape(side, side, -1) for image in images]
         generated = self.whole.expand(len(images), -1, -1, -1).clone()
-        generated[(..., *square)] = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2)
+        place = (..., *square)
+        generated[place] = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2)
         shown = torch.zeros(self.whole.shape[1:])
         within = torch.full_like(shown[square], 255) if self.whole_mask is None else self.whole_mask[square]
         shown[square] = opacity(within, feather if self.whole_mask is not None else 0)

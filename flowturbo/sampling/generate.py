@@ -14,7 +14,7 @@ from flowturbo.data.randomness import Stream, keyed_noise
 from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
 from flowturbo.networks.compiled import StaticGraphs
-from flowturbo.networks.load import load_network, load_with_info
+from flowturbo.networks.load import load_with_info
 from flowturbo.networks.precision import cast, pick_precision, quantize
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.options import NetworkOptions
@@ -54,8 +54,8 @@ def find_files(options: NetworkOptions, refiner: bool) -> Files:
 class Networks:
     """What sampling computes with, on one device.
 
-    `path_type`: the path that the predictor was trained on, `class_names`: what its classes are called; None where
-    that is not known.
+    `path_type`: the path that the predictor was trained on, `class_names`: what its classes are called,
+    `refiner_step`: the form of the R block that the refiner was trained for; None where that is not known.
     """
 
     predictor: SiT
@@ -64,6 +64,7 @@ class Networks:
     device: torch.device
     path_type: str | None = None
     class_names: ClassNames | None = None
+    refiner_step: str | None = None
 
     def __post_init__(self) -> None:
         check_match(self.predictor, self.refiner, self.autoencoder)
@@ -85,13 +86,15 @@ def load_networks(
     device = device or pick_device(options.device)
     dtype = pick_precision(options.precision, device)
     predictor, info = load_with_info(SiT, files.predictor)
+    refiner, of_refiner = (None, None) if files.refiner is None else load_with_info(VelocityRefiner, files.refiner)
     networks = Networks(
         predictor,
-        None if files.refiner is None else load_network(VelocityRefiner, files.refiner),
+        refiner,
         load_autoencoder_of(predictor, options.vae_ckpt, device, dtype),
         device,
         info.path_type,
         ClassNames.from_config(info.config, predictor.num_classes),
+        None if of_refiner is None else of_refiner.refiner_step,
     )
     for network in (networks.predictor, networks.refiner):
         if network is not None:

@@ -101,8 +101,8 @@ class Source:
 
     def with_tensors(self, values: Sequence[Tensor]) -> Source:
         """The same with others in place of `tensors`, in their order."""
-        named: dict[str, Any] = dict(zip(self.tensors(), values, strict=True))
-        return replace(self, **named)
+        changes: dict[str, Any] = dict(zip(self.tensors(), values, strict=True))
+        return replace(self, **changes)
 
 
 class Edited:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flowturbo.transport.blocks import State, integrate
+from flowturbo.transport.blocks import State, Step, integrate
 from flowturbo.transport.branches import Guided, Network, label_branches
 from flowturbo.transport.editing import Edited, Source
 from flowturbo.transport.guidance import Guidance
@@ -106,6 +106,15 @@ class FlowTurbo:
         check_batch(z, y, self.predictor)
         yield from self.engine.trajectory(z, y)
 
+    def going_on(self, state: State, y: Tensor, first: int = 0) -> Iterator[State]:
+        """The State after each step from number `first` on, of trajectories that the steps before have brought here.
+
+        Not decoded, without the engine, and with gradients. Where guidance is at some evaluations only, the first of
+        the predictor's must be one that has its null branch.
+        """
+        networks = guided(self.guidance, y, self.predictor, self.refiner)
+        return integrate(self.guided_steps()[first:], state.x, networks.velocity, networks.refine, state.velocities)
+
     @torch.no_grad()
     def edit(self, y: Tensor, source: Source) -> Tensor:
         """As `sample`, an edit of a known image: from where it is on its path when the first step starts."""
@@ -122,6 +131,10 @@ class FlowTurbo:
                 check_batch(source.image, labels, self.predictor, null=True)
         return source.at(self.path, self.steps[0].start).x
 
+    def guided_steps(self) -> list[Step]:
+        """The steps with Instants in place of their times."""
+        return [replace(step, times=at) for step, at in zip(self.steps, self.guidance.instants(self.steps))]
+
 
 class Eager:
     """Evaluates one operation after another."""
@@ -137,12 +150,11 @@ class Eager:
 
     def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         sampler = self.sampler
-        labels = y if source is None else source.all_labels(y)
-        networks: Guided | Edited = guided(sampler.guidance, labels, sampler.predictor, sampler.refiner)
-        if source is not None:
-            networks = Edited(networks, lambda at: source.at(sampler.path, at.t))
-        steps = [replace(s, times=at) for s, at in zip(sampler.steps, sampler.guidance.instants(sampler.steps))]
-        return integrate(steps, z, networks.velocity, networks.refine)
+        if source is None:
+            return sampler.going_on(State(z, ()), y)
+        networks = guided(sampler.guidance, source.all_labels(y), sampler.predictor, sampler.refiner)
+        edited = Edited(networks, lambda at: source.at(sampler.path, at.t))
+        return integrate(sampler.guided_steps(), z, edited.velocity, edited.refine)
 
 
 class ODESampler:
@@ -261,12 +273,15 @@ def check_every(guidance: Guidance) -> None:
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network, null: bool = False) -> None:
-    """Raises ValueError unless y (N,) holds one integer label for each row of z, within the predictor's classes.
+    """Raises ValueError unless y (N,) is a tensor of one label for each row of z, within the predictor's classes.
 
     With `null` also the null class, if the predictor has one, whose index is the number of classes.
     Labels on another device than the CPU are not read, since that would wait for the device: they are checked where
     they are made.
     """
+    for value, what in ((z, "noise"), (y, "labels")):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{what} of type {type(value).__name__}: expected a tensor")
     if y.shape != z.shape[:1] or y.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels of shape {tuple(y.shape)} and {y.dtype} do not go with noise of shape {tuple(z.shape)}: "

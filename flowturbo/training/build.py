@@ -132,12 +132,13 @@ def report_on(options: TrainingOptions) -> None:
 
 
 def new_model(options: TrainingOptions, frozen: FrozenNetworks, data: TrainingData) -> SiT:
-    """The network to train, freshly initialised by torch's generator: a refiner shaped after its teacher, or a SiT.
+    """The network to train, freshly initialised by torch's generator: a refiner shaped after its teacher where nothing
+    else is said, or a SiT.
 
     Raises ValueError for sizes that do not divide.
     """
     if frozen.teacher is not None:
-        return VelocityRefiner(**{**frozen.teacher.config, "depth": 1})
+        return VelocityRefiner(**{**frozen.teacher.config, "depth": 1, **options.predictor.given_size()})
     if data.image_size % frozen.autoencoder.factor:
         raise ValueError(f"image_size {data.image_size} is not a multiple of {frozen.autoencoder.factor}")
     return SiT(

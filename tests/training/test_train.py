@@ -65,6 +65,16 @@ def test_both_targets_learn_and_leave_what_a_run_leaves(flags, target, tmp_path)
     assert again.name == f"001-{target}-no-note"
 
 
+def test_a_refiner_may_be_narrower_than_its_predictor(flags, teacher, tmp_path):
+    folder = run(tmp_path, *flags("refiner"), "--steps", 1, "--hidden-size", 16, "--num-heads", 2)
+    refiner = load_network(VelocityRefiner, str(folder / "checkpoints" / "0000001.pt"))
+    predictor = load_network(SiT, str(teacher))
+    assert (refiner.config["hidden_size"], refiner.config["depth"]) == (16, 1)
+    assert predictor.config["hidden_size"] > 16
+    z, y = torch.randn(2, *predictor.input_shape), torch.tensor([0, 1])
+    assert FlowTurbo(predictor, refiner, "H1P1R1").sample(z, y).shape == z.shape
+
+
 def test_a_trained_predictor_has_learned_the_classes(teacher):
     """The grey of the samples follows the label asked for."""
     predictor = load_network(SiT, str(teacher), prefer_ema=False)

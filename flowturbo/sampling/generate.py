@@ -69,6 +69,11 @@ class Networks:
     def __post_init__(self) -> None:
         check_match(self.predictor, self.refiner, self.autoencoder)
 
+    @property
+    def image_size(self) -> int:
+        """The side of the images that are made, in pixels."""
+        return self.predictor.input_shape[-1] * self.autoencoder.factor
+
 
 def load_networks(
     options: NetworkOptions, files: Files, device: torch.device | None = None, say: Callable[[str], object] = print
@@ -89,7 +94,7 @@ def load_networks(
         device,
         info.path_type,
         ClassNames.from_config(info.config, predictor.num_classes),
-        of_refiner and of_refiner.refiner_step,
+        None if of_refiner is None else of_refiner.refiner_step,
     )
     for network in (networks.predictor, networks.refiner):
         if network is not None:
@@ -137,12 +142,22 @@ def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Au
         raise ValueError(f"vae_ckpt 'none' is for models of 1 or 3 channels, this predictor has {channels}")
 
 
+def check_settings(networks: Networks, settings: SamplerSettings) -> None:
+    """Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own."""
+    if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    if networks.path_type not in (None, settings.path_type):
+        raise ValueError(
+            f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
+        )
+
+
 class ImageSampler:
     """Makes uint8 images of sample numbers and classes: what is drawn for a sample depends on (seed, number) alone.
 
     With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included.
     Without `decode` it makes latents.
-    Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own.
+    Raises ValueError as `check_settings`.
     """
 
     def __init__(
@@ -153,12 +168,7 @@ class ImageSampler:
         compile: bool = False,
         decode: bool = True,
     ):
-        if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
-            raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
-        if networks.path_type not in (None, settings.path_type):
-            raise ValueError(
-                f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
-            )
+        check_settings(networks, settings)
         self.networks, self.spec = networks, SamplerSpec.parse(spec)
         self.sampler = self.spec.build(
             networks.predictor,

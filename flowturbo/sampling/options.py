@@ -134,7 +134,7 @@ class SetOptions:
     png: bool = option(False, "also a folder of PNGs")
     features: str | None = option(
         None,
-        "also extract features on the fly: inception, pixels, dinov2 or a TorchScript file",
+        "also extract features on the fly: inception, pixels, dinov2 or a TorchScript file, which is a program",
         metavar="EXTRACTOR",
     )
     features_weights: str | None = option(None, "local weights of inception or dinov2", metavar="FILE")

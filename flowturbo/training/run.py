@@ -27,6 +27,7 @@ from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.spec import SamplerSettings
 from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
+from flowturbo.weights.info import without_folders
 
 
 @dataclass
@@ -95,11 +96,14 @@ class Run:
                 save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
 
     def save(self) -> Path:
-        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""
+        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
+
+        Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
+        """
         output = self.options.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
-        checkpoints.record(path, self.state.save(path, self.record))
+        checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
 
     def picture(self) -> Image.Image:

@@ -110,8 +110,10 @@ def run_script(main: Callable[[], object]) -> None:
 def print_anything() -> None:
     """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
-            stream.reconfigure(errors="backslashreplace")
+        # Not where something else has taken its place, nor where it fails since another file has.
+        with suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:

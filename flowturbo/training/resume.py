@@ -21,6 +21,7 @@ from flowturbo.training.options import OutputOptions, TrainingOptions
 from flowturbo.training.run import Run
 from flowturbo.training.step import State
 from flowturbo.weights.checkpoint import CheckpointFolder, newest_checkpoint, resolve
+from flowturbo.weights.info import without_folders
 
 
 class TrainedOtherwise(OtherSettings):
@@ -96,7 +97,8 @@ def refuse_changes(
     changed, shaping = [], options.shaping()
     if settings:
         settings = {**{name: default for name, default in shaping.items() if default is not None}, **settings}
-        changed = differences(settings, now["training"], [name for name in shaping if name in settings])
+        names = [name for name in shaping if name in settings]
+        changed = differences(_last_parts(settings), _last_parts(now["training"]), names)
     changed += data_changes(data_record, data)
     if isinstance(before.get("teacher"), str) and before["teacher"] != now["teacher"]:
         changed.append("the teacher has other weights")
@@ -104,6 +106,11 @@ def refuse_changes(
         changed.append(f"the network has another {', '.join(other)}")
     if changed:
         raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
+
+
+def _last_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the last parts of paths, which is what checkpoints hold of them; texts alone are looked at."""
+    return {name: without_folders(v, name) if isinstance(v, str) else v for name, v in settings.items()}
 
 
 def _holds_tensors(part: object) -> bool:

@@ -19,6 +19,7 @@ from flowturbo.networks.precision import cast, pick_precision, quantize
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.system.distributed import pick_device
+from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import SDESampler
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 from flowturbo.weights.checkpoint import resolve
@@ -148,12 +149,17 @@ class NotFinite(FloatingPointError):
 
 def check_settings(networks: Networks, settings: SamplerSettings) -> None:
     """Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own."""
-    if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
-        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    check_guidance(networks.predictor, settings.guidance)
     if networks.path_type not in (None, settings.path_type):
         raise ValueError(
             f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
         )
+
+
+def check_guidance(predictor: SiT, guidance: Guidance) -> None:
+    """Raises ValueError for guidance without a null class."""
+    if predictor.class_dropout_prob <= 0 and guidance.scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
 
 
 class ImageSampler:

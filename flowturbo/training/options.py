@@ -110,7 +110,7 @@ class Optimisation(Group):
         None, "over all ranks (default: refiner 18, recipe endpoint 64, predictor 256)", within=AT_LEAST_1, shapes=True
     )
     steps: int = option(
-        None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1
+        None, "updates (default: refiner 30000, recipe endpoint 2000, predictor 400000)", within=AT_LEAST_1
     )
     max_hours: float | None = option(None, "stop cleanly, with a checkpoint, after so many hours", within=POSITIVE)
     epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)

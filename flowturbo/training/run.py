@@ -17,6 +17,7 @@ from flowturbo.data.loader import Batch, TrainingSamples, training_loader
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.log import RunLog
@@ -126,6 +127,6 @@ class Run:
         settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
         classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
         names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
-        samplers = [ImageSampler(networks, name, settings) for name in names]
+        samplers = [ImageSampler(networks, parse_sampler(name), settings) for name in names]
         rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  {guidance}" for name in names])
+        return grid(rows, [f"{name}  {guidance}" for name in samplers])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowturbo.sampling.solvers import parse_sampler
+from flowturbo.sampling.solvers import parse_schedule
 from flowturbo.system.options import option
 from flowturbo.transport.blocks import REFINER_STEPS
 
@@ -48,8 +48,7 @@ class PlannerOptions:
             if form not in REFINER_STEPS or not colon or not file:
                 raise ValueError(f"refiner {text!r}: expected FORM:FILE, FORM of {', '.join(REFINER_STEPS)}")
         for text in self.solvers:
-            if parse_sampler(text).schedule is None:
-                raise ValueError(f"{text!r} is no solver and no schedule")
+            parse_schedule(text)
         if self.plot and Path(self.plot).suffix.lower() != ".png":
             raise ValueError(f"plot {self.plot!r} must end in .png")
 

@@ -19,6 +19,7 @@ from flowturbo.data.report import contact_sheet
 from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks, described, images_of
 from flowturbo.training.log import RunLog
@@ -169,6 +170,6 @@ class Run:
         settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
         classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
         names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
-        samplers = [ImageSampler(networks, name, settings) for name in names]
+        samplers = [ImageSampler(networks, parse_sampler(name), settings) for name in names]
         rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  {guidance}" for name in names])
+        return grid(rows, [f"{name}  {guidance}" for name in samplers])

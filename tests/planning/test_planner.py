@@ -86,7 +86,7 @@ def test_a_round_keeps_what_may_yet_be_the_best():
         ({"budget_ms": -1.0}, "one positive budget"),
         ({"evaluations": 4, "refiners": ("R.pt",)}, "FORM:FILE"),
         ({"evaluations": 4, "refiners": ("sharp:R.pt",)}, "FORM:FILE"),
-        ({"evaluations": 4, "solvers": ("dopri5",)}, "no solver and no schedule"),
+        ({"evaluations": 4, "solvers": ("dopri5",)}, "no schedule and no solver"),
         ({"evaluations": 4, "plot": "x.jpg"}, "png"),
         ({"evaluations": 4, "num_images": 3}, "at least 16"),
     ],

@@ -40,11 +40,13 @@ FULL = Recipe(
         *("--image-size", "32", "--patch-size", "4", "--hidden-size", "160", "--depth", "5", "--num-heads", "5"),
         *("--no-learn-sigma", "--global-batch-size", "32", "--lr", "2e-3", "--warmup", "500"),
         *("--lr-schedule", "cosine", "--time-distribution", "logit-normal", "--ema-decay", "0.9995"),
-        *("--steps", "11000", "--ckpt-every", "500"),
+        *("--steps", "14000", "--ckpt-every", "500"),
     ),
     refiner=(
-        *("--hidden-size", "128", "--num-heads", "4", "--global-batch-size", "32", "--lr", "1e-3", "--warmup", "100"),
-        *("--lr-schedule", "cosine", "--ema-decay", "0.999", "--steps", "2000"),
+        *("--recipe", "endpoint", "--schedule", "M4R1", "--refiner-step", "midpoint", "--cfg-scale", "3"),
+        *("--trajectories", "1536", "--reference", "M16", "--hidden-size", "128", "--num-heads", "4"),
+        *("--global-batch-size", "64", "--warmup", "100", "--lr-schedule", "cosine", "--ema-decay", "0.99"),
+        *("--steps", "1500", "--ckpt-every", "500"),
     ),
 )
 SMALL = Recipe(
@@ -54,7 +56,10 @@ SMALL = Recipe(
         *("--lr-schedule", "cosine", "--time-distribution", "logit-normal", "--ema-decay", "0.99"),
         *("--steps", "1200", "--ckpt-every", "200"),
     ),
-    refiner=("--global-batch-size", "32", "--lr", "1e-3", "--warmup", "50", "--steps", "200"),
+    refiner=(
+        *("--recipe", "endpoint", "--schedule", "M4R1", "--refiner-step", "midpoint", "--cfg-scale", "3"),
+        *("--trajectories", "128", "--reference", "M8", "--warmup", "20", "--ema-decay", "0.98", "--steps", "200"),
+    ),
     classes=("face-smiling", "flag", "heart", "plant"),
 )
 
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = render(pictures, classes=recipe.classes or tuple(CLASSES))
     print(f"{count} pictures in {len(recipe.classes or CLASSES)} classes: {pictures}")
     if not options.figures:
-        predictor = train(out, "predictor", recipe.predictor)
+        predictor = train(out, "predictor", ("--data-path", str(pictures), *recipe.predictor))
         refiner = train(out, "refiner", ("--model-teacher-ckpt", str(predictor), *recipe.refiner))
         networks = {"predictor": predictor, "refiner": refiner}
         files = export(networks, PACKAGED if options.update_assets else out)
@@ -98,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(out: Path, target: str, flags: Sequence[str]) -> Path:
     """Train with train.py, or go on with a training that was interrupted; returns the folder of the run."""
     command = [
-        *(sys.executable, str(ROOT / "train.py"), "--target", target, "--data-path", str(out / "pictures")),
-        *("--results-dir", str(out / "runs"), "--note", "emoji", "--resume", "auto", *ALWAYS, *flags),
+        *(sys.executable, str(ROOT / "train.py"), "--target", target, *ALWAYS, *flags),
+        *("--results-dir", str(out / "runs"), "--note", "emoji", "--resume", "auto"),
     ]
     # One thread: a model this small gains little from more, and loses much where other programs want the cores.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}

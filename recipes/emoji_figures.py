@@ -25,7 +25,7 @@ from flowturbo.weights.registry import MODELS
 
 SPLITS = 10  # of the data into halves
 COPY = 1 / 3  # nearer to the nearest picture than this part of the distance to the second: Yoon et al. 2023
-SCALES = (1.0, 2.0, 4.0)
+SCALES = (1.0, 2.0, MODELS["colour"].cfg_scale, 4.0)
 SAMPLED = "M15"
 FINE, CHECK = "D48", "D24"  # the solution that others are measured against, and one that shows how good it is
 TRAJECTORIES = 96
@@ -67,7 +67,11 @@ def report(pictures: Path, out: Path) -> str:
     lines = [f"N = {len(data.classes)} samples for every row, one for each picture.", ""]
     lines += ["| samples | class accuracy | Fréchet distance | distance to the nearest | copies |", "|---" * 5 + "|"]
     lines.append(row("the pictures themselves", data.images, data, itself=True))
-    for schedule, scale in [*((SAMPLED, scale) for scale in SCALES), (model.schedule, model.cfg_scale)]:
+    for schedule, scale in [
+        *((SAMPLED, scale) for scale in SCALES),
+        ("M4R1", model.cfg_scale),
+        (model.schedule, model.cfg_scale),
+    ]:
         images = draw(networks, data, schedule, scale, model.refiner_step)
         lines.append(row(f"{schedule}, cfg {scale:g}", images, data))
     show_nearest(images, data, out / "nearest.png")
@@ -84,7 +88,7 @@ def read(pictures: Path, networks: Networks) -> Data:
     return Data(images, [names.index(Path(file).parent.name) for file in folder.files])
 
 
-def draw(networks: Networks, data: Data, schedule: str, scale: float, form: str = "single", batch: int = 64) -> Tensor:
+def draw(networks: Networks, data: Data, schedule: str, scale: float, form: str, batch: int = 64) -> Tensor:
     """A sample for each picture, of its class: uint8 (N, 3, 32, 32)."""
     sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale), form))
     starts = range(0, len(data.classes), batch)

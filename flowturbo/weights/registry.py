@@ -27,7 +27,7 @@ class Model:
     schedule: str
     cfg_scale: float
     classes: tuple[str, ...]  # those that sample.py draws
-    refiner_step: str = "single"
+    refiner_step: str  # what the refiner was trained for
     vae_ckpt: str = "none"
 
     def options(self) -> dict[str, Any]:
@@ -40,9 +40,10 @@ MODELS: Mapping[str, Model] = {
         about="pictures of 32x32 pixels in 35 classes such as flag, animal-mammal and food-fruit",
         predictor_ckpt="colour-predictor.safetensors",
         refiner_ckpt="colour-refiner.safetensors",
-        schedule="H1P5R3",
-        cfg_scale=2.0,
+        schedule="M11",
+        cfg_scale=3.0,
         classes=("flag", "face-smiling", "animal-mammal", "food-fruit"),
+        refiner_step="midpoint",
     ),
     "digits": Model(
         about="handwritten digits, grey, 8x8 pixels",
@@ -51,6 +52,7 @@ MODELS: Mapping[str, Model] = {
         schedule="H1P5R2",
         cfg_scale=1.0,
         classes=tuple("0123456789"),
+        refiner_step="single",
     ),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.editing import SOLVERS, EditingOptions, read_data
 from flowturbo.sampling.edit_options import EditOptions

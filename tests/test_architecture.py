@@ -24,6 +24,7 @@ BELOW = {  # what each room may import, besides itself
     "evaluation": {"system", "weights", "networks", "data"},
     "sampling": {*CORE, "system", "weights", "networks", "data", "evaluation"},
     "training": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling"},
+    "text_to_image": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
 }
 TORCH_FREE = (  # so that a command line is parsed before torch is imported
     *("configurations", "system.options", "system.cli", "system.advice", "system.files", "system.claims"),

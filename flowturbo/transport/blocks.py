@@ -140,8 +140,10 @@ class _Pair(NamedTuple):
     trapezoid_time: float  # what a block with `trapezoid` takes for its time
 
 
-def plan(blocks: Sequence[Block], times: Sequence[float]) -> tuple[Step, ...]:
+def plan(blocks: Sequence[Block], times: Sequence[float], at_hand: Sequence[float] = ()) -> tuple[Step, ...]:
     """The steps of a trajectory over N + 1 times, in either direction and from anywhere.
+
+    `at_hand` are the times of velocities that are there before the first step, oldest first.
 
     Raises ValueError unless there is one time more than blocks, and each step goes on in the direction of the first.
     """
@@ -151,7 +153,7 @@ def plan(blocks: Sequence[Block], times: Sequence[float]) -> tuple[Step, ...]:
     if not all(move * moves[0] > 0 for move in moves):
         raise ValueError(f"times must go one way, without standing still: {', '.join(f'{t:g}' for t in times[:8])}")
     longest = 1 + max(block.reuses for block in blocks)  # one of them may be evaluated again
-    history: list[_Pair] = []
+    history = [_Pair(time, time) for time in at_hand]
     steps = []
     for block, start, end in zip(blocks, times, times[1:]):
         step, history = _plan_step(block, start, end, history, longest)
@@ -260,11 +262,16 @@ class State(NamedTuple):
         return self.velocities[-1] if self.velocities else None
 
 
-def integrate(steps: Sequence[Step], x: Any, velocity: Velocity, refine: Refine | None = None) -> Iterator[State]:
-    """Yield the State after each step of a plan. Raises ValueError where refiner blocks have no `refine`."""
+def integrate(
+    steps: Sequence[Step], x: Any, velocity: Velocity, refine: Refine | None = None, at_hand: Sequence[Any] = ()
+) -> Iterator[State]:
+    """Yield the State after each step of a plan, which was made for the velocities `at_hand`.
+
+    Raises ValueError where refiner blocks have no `refine`.
+    """
     if refine is None and any(step.block.evaluations("refiner") for step in steps):
         raise ValueError("the schedule has R blocks: they need a refiner")
-    state = State(x, ())
+    state = State(x, tuple(at_hand))
     for step in steps:
         handed = [state.velocities[k] for k in step.takes]
         x, new = take_step(step.block, step.weights, step.times, state.x, handed, velocity, refine)

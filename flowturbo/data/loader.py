@@ -108,7 +108,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(
-    samples: TrainingSamples,
+    samples: Dataset,
     global_batch_size: int,
     world: World,
     *,

@@ -53,7 +53,7 @@ def begin(options: TrainingOptions, ranks: World, frozen: FrozenNetworks, model:
         if not options.output.allow_changes:
             ranks.agree(lambda: refuse_changes(before, record, options, data, checkpoint))
     ranks.agree(lambda: write_record(folder / "config.json", record))
-    return Run(options, optimisation, ranks, state, folder, record, frozen)
+    return Run(optimisation, options.output, ranks, state, folder, record, options, frozen)
 
 
 def choose_folder(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch, TrainingSamples, training_loader
@@ -22,7 +22,7 @@ from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.log import RunLog
 from flowturbo.training.objective import Objective
-from flowturbo.training.options import Optimisation, TrainingOptions
+from flowturbo.training.options import Optimisation, OutputOptions, TrainingOptions
 from flowturbo.training.step import State, Update, update
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
@@ -31,33 +31,32 @@ from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
 
 
 @dataclass
-class Run:
-    """A run under way. `optimisation` has its steps in all; `record` is what its checkpoints say of it."""
+class AnyRun:
+    """A run under way, of whatever network. `optimisation` has its steps in all; `record` is what its checkpoints say
+    of it."""
 
-    options: TrainingOptions
     optimisation: Optimisation
+    output: OutputOptions
     ranks: World
     state: State
     folder: Path
     record: dict[str, Any]
-    frozen: FrozenNetworks
 
     @property
     def is_done(self) -> bool:
         """Whether all steps have been made."""
         return self.state.step >= self.optimisation.steps
 
-    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+    def loader_of(self, samples: Dataset, workers: int) -> DataLoader:
         """Batches for the steps that are left, of this rank's share."""
-        optimisation = self.optimisation
         return training_loader(
-            TrainingSamples(data, optimisation.seed, objective.draw, flip=self.options.data.flip),
-            optimisation.global_batch_size,
+            samples,
+            self.optimisation.global_batch_size,
             self.ranks,
             first=self.state.step,
-            last=optimisation.steps,
-            workers=self.options.data.num_workers,
-            exact=optimisation.exact,
+            last=self.optimisation.steps,
+            workers=workers,
+            exact=self.optimisation.exact,
         )
 
     def fit(
@@ -68,7 +67,7 @@ class Run:
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
-        state, output, main = self.state, self.options.output, self.ranks.is_main
+        state, output, main = self.state, self.output, self.ranks.is_main
         before: Update | None = None
         for batch in batches:
             told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
@@ -92,11 +91,28 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""
-        output = self.options.output
+        output = self.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, self.record))
         return path
+
+    def picture(self) -> Image.Image:
+        """What the network can do by now."""
+        raise NotImplementedError
+
+
+@dataclass
+class Run(AnyRun):
+    """A run of train.py."""
+
+    options: TrainingOptions
+    frozen: FrozenNetworks
+
+    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+        """Batches for the steps that are left, of this rank's share."""
+        samples = TrainingSamples(data, self.optimisation.seed, objective.draw, flip=self.options.data.flip)
+        return self.loader_of(samples, self.options.data.num_workers)
 
     def picture(self) -> Image.Image:
         """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.

@@ -1,0 +1,121 @@
+"""The options of text-to-image. No torch is imported."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from flowturbo.system.options import option
+from flowturbo.training.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, HardwareOptions, Optimisation, OutputOptions
+from flowturbo.training.options import Range, _Group
+from flowturbo.transport.losses import MAX_DT, TIME_DISTRIBUTIONS
+
+TARGETS = ("refiner", "predictor")
+
+
+@dataclass(frozen=True)
+class WhatOptions(_Group):
+    """What is trained, for which pipeline."""
+
+    pipeline: str = option(help="a diffusers pipeline: a folder, or a name on the hub", metavar="DIR")
+    target: str = option("refiner", "its refiner, or its network itself, from where it is", choices=TARGETS, shapes=True)
+
+
+@dataclass(frozen=True)
+class CaptionOptions(_Group):
+    """What is trained on."""
+
+    data_path: str = option(
+        help="captioned images: NAME.txt beside each, metadata.jsonl, .tar shards or .parquet files", metavar="DIR"
+    )
+    cache: str | None = option(
+        None, "where latents and embeddings are kept, encoded once (default: DATA_PATH-cache)", metavar="DIR"
+    )
+    height: int = option(512, "of the images", within=AT_LEAST_1, shapes=True)
+    width: int | None = option(None, "(default: the height)", within=AT_LEAST_1, shapes=True)
+    num_workers: int = option(min(4, os.cpu_count() or 1), "loader processes", within=AT_LEAST_0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width or self.height
+
+
+@dataclass(frozen=True)
+class RecipeOptions(_Group):
+    """How a network is trained."""
+
+    max_dt: float = option(
+        MAX_DT,
+        "refiner: upper end of Δ before the shift; at least 1 / N for schedules of N steps",
+        within=Range(lambda value: 0 < value < 1, "lie in (0, 1)"),
+        shapes=True,
+    )
+    shift: float | None = option(
+        None, "refiner: of noise levels (default: the pipeline's scheduler's)", within=POSITIVE, shapes=True
+    )
+    time_distribution: str = option(
+        "logit-normal", "predictor: of the times trained at", choices=TIME_DISTRIBUTIONS, shapes=True
+    )
+    guidance: tuple[float, float] = option(
+        (1.0, 5.0), "range of the guidance embedding, where the network has one", metavar=("LOW", "HIGH"), shapes=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.guidance
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"guidance {low} to {high} must be a range of at least 0")
+
+
+@dataclass(frozen=True)
+class CaptionOptimisation(Optimisation):
+    """The paper's settings for text-to-image (section 4.1 and appendix)."""
+
+    global_batch_size: int = option(16, "over all ranks", within=AT_LEAST_1, shapes=True)
+    steps: int = option(10_000, "updates", within=AT_LEAST_1)
+    epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)
+    lr: float = option(
+        2e-5, "learning rate", within=Range(lambda value: 0 < value < math.inf, "be positive and finite"), shapes=True
+    )
+    warmup: int = option(100, "updates over which the learning rate rises from 0", within=AT_LEAST_0, shapes=True)
+    clip_grad: float | None = option(0.01, "largest norm of the gradient", within=POSITIVE, shapes=True)
+    class_dropout: float = option(
+        0.1,
+        "how often a prompt becomes the null prompt",
+        within=Range(lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        shapes=True,
+    )
+
+
+@dataclass(frozen=True)
+class TextTrainingOptions:
+    """Everything about a run."""
+
+    what: WhatOptions
+    data: CaptionOptions
+    recipe: RecipeOptions = RecipeOptions()
+    optimisation: CaptionOptimisation = CaptionOptimisation()
+    hardware: HardwareOptions = HardwareOptions()
+    output: OutputOptions = OutputOptions()
+
+    def settings(self) -> dict[str, Any]:
+        """All fields of all groups, by name; JSON types."""
+        groups = (self.what, self.data, self.recipe, self.optimisation, self.hardware, self.output)
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+    def shaping(self) -> list[str]:
+        """The names of the settings that shape the run."""
+        return [each.name for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
+
+
+KINDS: dict[str, type] = {
+    "what to train": WhatOptions,
+    "data": CaptionOptions,
+    "recipe": RecipeOptions,
+    "optimisation": CaptionOptimisation,
+    "hardware": HardwareOptions,
+    "output": OutputOptions,
+}

@@ -37,7 +37,7 @@ TRANSFORMER = {
 SIZE_FLAGS = ["--height", "8", "--width", "16"]
 PREDICTOR_FLAGS = [
     *("--target", "predictor", *SIZE_FLAGS, "--global-batch-size", "48", "--lr", "1e-3", "--warmup", "200"),
-    *("--lr-schedule", "cosine", "--clip-grad", "1", "--ema-decay", "0.999", "--time-distribution", "uniform"),
+    *("--clip-grad", "1", "--ema-decay", "0.999", "--time-distribution", "uniform"),
     *("--steps", "3600"),
 ]
 

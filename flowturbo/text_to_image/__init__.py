@@ -10,10 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowturbo.text_to_image.apply import apply_flowturbo, remove_flowturbo
+    from flowturbo.text_to_image.refined import FlowRefiner, refiner_from
     from flowturbo.text_to_image.scheduler import FlowTurboScheduler
 
 _HOMES = {
+    "FlowRefiner": "refined",
     "FlowTurboScheduler": "scheduler",
+    "apply_flowturbo": "apply",
+    "refiner_from": "refined",
+    "remove_flowturbo": "apply",
 }
 __all__ = list(_HOMES)
 

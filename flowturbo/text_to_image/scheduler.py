@@ -74,6 +74,7 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         inherited = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         super().__init__(**{name: value for name, value in self.config.items() if name in inherited})
         self.trajectories = 0  # how many have been begun: who keeps something of one sees by it that it is over
+        self.trajectory: tuple[Evaluation, ...] = ()  # from the evaluation that it begins with
         self._velocities: dict[int, Tensor] = {}
 
     @classmethod
@@ -89,13 +90,24 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
-    def current(self) -> int:
-        """The number of the evaluation that is next."""
-        return self._first if self.step_index is None else self.step_index
+    def evaluations(self) -> int | None:
+        """How many evaluations the schedule makes: the num_inference_steps to ask for. None without a schedule."""
+        return None if self.schedule is None else sum(self.schedule.evaluations(self.config.refiner_step))
 
-    def evaluation(self, number: int) -> Evaluation:
-        """An evaluation of this trajectory by its number; the numbers of others in it are relative to `first`."""
-        return self._evaluations[number - self._first]
+    @property
+    def has_refiner(self) -> bool:
+        """Whether the schedule evaluates a refiner."""
+        return self.schedule is not None and self.schedule.has_refiner
+
+    @property
+    def current(self) -> int:
+        """The place in `trajectory` of the evaluation that is next."""
+        return 0 if self.step_index is None else self.step_index - self._first
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation that is next."""
+        return self.trajectory[self.current]
 
     def set_timesteps(
         self,
@@ -134,8 +146,9 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
             self._grid = self.sigmas.tolist()
         self._schedule = schedule
         self.num_inference_steps = whole
+        self.trajectories += 1
         self._begin(0)
-        times = torch.tensor([evaluation.time for evaluation in self._evaluations], dtype=torch.float32)
+        times = torch.tensor([evaluation.time for evaluation in self.trajectory], dtype=torch.float32)
         self.timesteps = (times * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([times, torch.tensor(self._grid[-1:], dtype=torch.float32)]).to(device)
         self._step_index = self._begin_index = None
@@ -148,12 +161,11 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
     def _begin(self, number: int) -> None:
         """Begin a trajectory with this evaluation, from a state that is noised to its time."""
         if number == 0:
-            self._evaluations = evaluations(self._schedule, self._grid, self.config.refiner_step)
+            self.trajectory = evaluations(self._schedule, self._grid, self.config.refiner_step)
         else:
-            self._evaluations = from_evaluation(self._schedule, self._grid, number, self.config.refiner_step)
+            self.trajectory = from_evaluation(self._schedule, self._grid, number, self.config.refiner_step)
         self._first = number
         self._velocities = {}
-        self.trajectories += 1
 
     def step(
         self,
@@ -176,12 +188,12 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
             if self.step_index != self._first:  # a pipeline that tells no begin_index
                 self._begin(self.step_index)
-        number = self.step_index - self._first
+        number = self.current
         self._velocities[number] = VELOCITIES[self.config.velocity] * model_output
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))  # steps are too fine for half precision
-        for j, weight in self._evaluations[number].weights.items():
+        for j, weight in self.trajectory[number].weights.items():
             x = x + weight * self._velocities[j].to(x.dtype)
-        later = set().union(*(evaluation.weights for evaluation in self._evaluations[number + 1 :]))
+        later = set().union(*(evaluation.weights for evaluation in self.trajectory[number + 1 :]))
         self._velocities = {j: v for j, v in self._velocities.items() if j in later}
         self._step_index += 1
         x = x.to(model_output.dtype)

@@ -181,7 +181,7 @@ def test_a_start_in_the_middle_has_the_evaluations_that_are_left():
         times = scheduler.timesteps.tolist()
         for start in range(count):
             scheduler.set_begin_index(start)
-            left = [scheduler.evaluation(start + k) for k in range(count - start)]
+            left = scheduler.trajectory
             assert [1000 * evaluation.time for evaluation in left] == pytest.approx(times[start:], abs=1e-3)
             assert left[0].network == "predictor"
 

@@ -5,14 +5,76 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from flowturbo.system.options import option
+from flowturbo.configurations import PRECISIONS
+from flowturbo.sampling.options import DEVICE_HELP
+from flowturbo.system.options import option, seed
 from flowturbo.training.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, HardwareOptions, Optimisation, OutputOptions
 from flowturbo.training.options import Range, _Group
+from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, TIME_DISTRIBUTIONS
 
 TARGETS = ("refiner", "predictor")
+OFFLOADS = ("none", "model", "sequential")
+VELOCITIES = ("noise-data", "data-noise")
+
+
+@dataclass(frozen=True)
+class TextSamplingOptions(_Group):
+    """A pipeline, and how it samples."""
+
+    pipeline: str = option(help="a diffusers pipeline: a folder, or a name on the hub", metavar="DIR")
+    refiner: str | None = option(None, "for schedules with R: a folder that train has written", metavar="DIR")
+    refiner_step: str = option("single", "form of the R blocks", choices=REFINER_STEPS)
+    velocity: str | None = option(
+        None, "what the network answers; data-noise for InstaFlow (default: the pipeline's)", choices=VELOCITIES
+    )
+    guidance_scale: float | None = option(None, "(default: the pipeline's)")
+    true_cfg_scale: float | None = option(None, "FLUX: guidance by a second call", within=AT_LEAST_1)
+    negative_prompt: str = option("", "what guidance leads away from")
+    height: int | None = option(None, "(default: the pipeline's)", within=AT_LEAST_1)
+    width: int | None = option(None, "(default: the pipeline's)", within=AT_LEAST_1)
+    seed: int = option(0, "image i depends on the seed and i alone", type=seed)
+    batch_size: int = option(4, "images sampled at once", within=AT_LEAST_1)
+    device: str = option("auto", DEVICE_HELP)
+    precision: str = option("auto", "auto is bf16 on CUDA, fp32 elsewhere", choices=PRECISIONS)
+    offload: str = option("none", "networks to the CPU while they rest, to save GPU memory", choices=OFFLOADS)
+    compile: bool = option(False, "the network by torch.compile; takes a while first")
+
+    def call(self, pixels: bool, factor: int) -> dict[str, Any]:
+        """The pipeline's arguments that are given. A pipeline of `pixels` counts `factor` for one all the same."""
+        names = ("guidance_scale", "true_cfg_scale", "height", "width")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if pixels:
+            given |= {name: factor * given[name] for name in ("height", "width") if name in given}
+        return given
+
+
+@dataclass(frozen=True)
+class PromptOptions(_Group):
+    """What to sample."""
+
+    prompts: tuple[str, ...] = option((), "one or more, in quotes", metavar="PROMPT", positional=True, nargs="*")
+    prompts_file: str | None = option(None, "one prompt a line, besides", metavar="FILE")
+    schedule: tuple[str, ...] = option(
+        ("A8",), 'one row of images for each: schedules ("H1P5R3"), or Euler8, UniPC8, DPM++8', metavar="SCHEDULE"
+    )
+    out: str = option("samples/text.png", "the picture", metavar="PNG")
+
+    def all_prompts(self) -> list[str]:
+        """Those given and those in the file. Raises ValueError where there are none."""
+        lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if self.prompts_file else []
+        found = [*self.prompts, *(line.strip() for line in lines if line.strip())]
+        if not found:
+            raise ValueError("no prompts: expected one or more, or prompts_file")
+        return found
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Path(self.out).suffix.lower() != ".png":
+            raise ValueError(f"out {self.out!r} must end in .png")
 
 
 @dataclass(frozen=True)

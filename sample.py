@@ -19,6 +19,7 @@ from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
+from flowturbo.transport.blocks import BLOCKS
 from flowturbo.transport.spec import SamplerSpec
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Options:
 
     schedule: str = option(
         "H1P5R3",
-        "blocks H (Heun), P (pseudo corrector), R (refiner), E (Euler) with counts, groups as [H1P1R1]x2, on a grid as "
-        "H8@shift2; or dopri5, or sdeN for an SDE of N steps",
+        f"blocks with counts, groups as [H1P1R1]x2, on a grid as H8@shift2; or dopri5, or sdeN for an SDE of N steps. "
+        f"Blocks: {', '.join(f'{letter} ({block.name})' for letter, block in BLOCKS.items())}",
     )
     compare: tuple[str, ...] | None = option(
         None, "one row for each of these, all from the same noise", metavar="SCHEDULE"

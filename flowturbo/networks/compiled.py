@@ -12,15 +12,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from flowturbo.models import RunBlock, SiT, run_block
-from flowturbo.transport.blocks import Block, State, take_step
+from flowturbo.transport.blocks import Block, State, Step, take_step
 from flowturbo.transport.branches import Branches, Guided
+from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import FlowTurbo
 
 
@@ -64,7 +65,7 @@ class StaticGraphs:
         self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
         self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
-        self._numbers: dict[torch.device, tuple[list[list[list[Tensor | None]]], Tensor]] = {}
+        self._numbers: dict[torch.device, Numbers] = {}
 
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
@@ -91,32 +92,55 @@ class StaticGraphs:
 
     def _steps(self, z: Tensor, y: Tensor) -> Iterator[State]:
         """The State after each step, in patches."""
-        weights, scale = self._tensors(z.device)
-        channels = self.sampler.guidance.channels
+        numbers = self._tensors(z.device)
+        guidance = self.sampler.guidance
         conditioning = {name: self._conditioning(name, y) for name in self.networks}
         state = State(self.networks["predictor"].to_patches(z), ())
-        for step, rows in zip(self.sampler.steps, weights, strict=True):
+        remembers = guidance.every > 1
+        differences: Sequence[Tensor] | None = [torch.zeros_like(state.x) for _ in range(2)] if remembers else None
+        for step, instants, rows in zip(self.sampler.steps, numbers.instants, numbers.weights, strict=True):
             handed = [state.velocities[k] for k in step.takes]
-            given = [conditioning[stage.network][t] for stage, t in zip(step.block.stages, step.times)]
+            at = []
+            for stage, instant in zip(step.block.stages, instants):
+                given = conditioning[stage.network][instant.t]
+                at.append(instant._replace(t=given if instant.null else given[: len(y)]))
             # A block gets the networks that it evaluates: its graph does not depend on whether there are others.
             names = sorted({stage.network for stage in step.block.stages})
             used = {name: (self.networks[name], self.run[name]) for name in names}
+            handed = self._padded(handed, len(rows[-1]) - len(at), state.x)
             with graph_limits(), compiler_errors():
-                x, new = self.step(step.block, used, channels, state.x, handed, given, rows, scale)
+                x, new, differences = self.step(
+                    step.block, used, guidance.channels, state.x, handed, at, rows, numbers.scale, differences
+                )
             at_hand = (*state.velocities, *new)
             state = State(x, tuple(at_hand[k] for k in step.keeps))
             yield state
 
-    def _tensors(self, device: torch.device) -> tuple[list[list[list[Tensor | None]]], Tensor]:
-        """The weights of all steps and the guidance scale on a device, made once: a recording keeps reading them."""
+    def _padded(self, handed: list[Tensor], count: int, x: Tensor) -> list[Tensor]:
+        """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all."""
+        if len(handed) == count:
+            return handed
+        rows = len(handed[0]) if handed else len(x) * (1 + (self.sampler.guidance.scale != 1))
+        # Each a tensor of its own: a graph is made for inputs that are the same or not.
+        return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
+
+    def _tensors(self, device: torch.device) -> Numbers:
+        """The trajectory's numbers on a device, made once: a recording keeps reading them."""
         if device not in self._numbers:
 
             def number(value: float | None) -> Tensor | None:
                 return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
 
-            weights = [[list(map(number, row)) for row in step.weights] for step in self.sampler.steps]
+            sampler = self.sampler
             with torch.inference_mode(False):
-                self._numbers[device] = weights, torch.tensor(self.sampler.guidance.scale, device=device)
+                self._numbers[device] = Numbers(
+                    [[list(map(number, row)) for row in rows] for rows in padded_weights(sampler.steps)],
+                    [
+                        [instant._replace(weights=tuple(map(number, instant.weights))) for instant in instants]
+                        for instants in sampler.guidance.instants(sampler.steps)
+                    ],
+                    torch.tensor(sampler.guidance.scale, device=device),
+                )
         return self._numbers[device]
 
     def _conditioning(self, name: str, y: Tensor) -> dict[float, Tensor]:
@@ -136,25 +160,49 @@ class StaticGraphs:
         return {t: rows if both else rows[: len(y)] for (t, both), rows in zip(times.items(), table, strict=True)}
 
 
+class Numbers(NamedTuple):
+    """What is known of a trajectory before it is sampled, as tensors."""
+
+    weights: list[list[list[Tensor | None]]]  # as in a Step
+    instants: list[list[Instant]]
+    scale: Tensor
+
+
+def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
+    """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
+    widest: dict[Block, Step] = {}
+    for step in steps:
+        if len(step.takes) >= len(widest.get(step.block, step).takes):
+            widest[step.block] = step
+    padded = []
+    for step in steps:
+        most = widest[step.block]
+        missing = len(most.takes) - len(step.takes)
+        rows = zip(most.weights, step.weights)
+        padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
+    return padded
+
+
 def block_step(
     block: Block,
     networks: dict[str, tuple[PatchNetwork, RunBlock]],
     channels: int | str,
     x: Tensor,
     handed: list[Tensor],
-    conditioning: list[Tensor],
+    instants: list[Instant],
     weights: list[list[Tensor | None]],
     scale: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
+    differences: Sequence[Tensor] | None,
+) -> tuple[Tensor, list[Tensor], Sequence[Tensor] | None]:
     """One step on states in patches (N, T, p*p, C): the function that is compiled.
 
-    `networks` are those that the block evaluates, and how the blocks of each are run. `conditioning`, in place of the
-    time of each evaluation, has N rows, or where guided one more.
+    `networks` are those that the block evaluates, and how the blocks of each are run. `instants` have the conditioning
+    in place of the time: N rows, or with the null branch one more. `differences` as in Guided; the last are returned.
     """
-    rows = len(x)
     branches = {name: patch_branches(*network) for name, network in networks.items()}
-    guided = Guided(branches, lambda given: len(given) > rows, scale, channels, dim=-1)
-    return take_step(block, weights, conditioning, x, handed, guided.velocity, guided.refine)
+    guided = Guided(branches, scale, channels, -1, differences)
+    x, new = take_step(block, weights, instants, x, handed, guided.velocity, guided.refine)
+    return x, new, guided.differences
 
 
 def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:

@@ -52,9 +52,16 @@ class SamplingOptions:
     cfg_scale: float = option(4.0, "guidance; 1 is none, at half the cost")
     cfg_channels: str = option("3", "guide the first so many channels, or all; 3 as published for SiT")
     cfg_interval: tuple[float, float] = option((0.0, 1.0), "guide only while LOW <= t <= HIGH", metavar=("LOW", "HIGH"))
+    cfg_every: int = option(
+        1,
+        "evaluate the null branch at each K-th evaluation only, and extrapolate in between: fewer rows; good up to a "
+        "scale of about 2",
+        metavar="K",
+    )
     refiner_step: str = option(
         "released",
-        "R blocks as in the published code, consistent with the training, or with a single evaluation",
+        "R blocks as in the published code, consistent with the training, or with a single evaluation: single after P, "
+        "midpoint after M, adams after A",
         choices=REFINER_STEPS,
     )
     path_type: str | None = option(
@@ -76,7 +83,7 @@ class SamplingOptions:
     def guidance(self) -> Guidance:
         """How far, on which channels and when to guide."""
         channels = self.cfg_channels if self.cfg_channels == "all" else int(self.cfg_channels)
-        return Guidance(self.cfg_scale, channels, self.cfg_interval)
+        return Guidance(self.cfg_scale, channels, self.cfg_interval, self.cfg_every)
 
     def settings(self, path_type: str) -> SamplerSettings:
         """What a SamplerSpec is built with, on the path that the predictor was trained on."""

@@ -13,7 +13,8 @@ The same plan drives the eager sampler, static graphs and a diffusers scheduler.
 whatever adds up.
 
 Sources: FlowTurbo, Algorithm 1 and equations 5-13 (H, P, R); Adams-Bashforth with variable steps (Hairer, Norsett &
-Wanner, "Solving Ordinary Differential Equations I", III.5).
+Wanner, "Solving Ordinary Differential Equations I", III.5; A, B); FireFlow (Deng et al., 2024; F). P with equal steps
+evaluates exactly where Adams-Bashforth 2 does: it is A with the trapezoid in place of A's last move.
 """
 
 from __future__ import annotations
@@ -79,11 +80,14 @@ def _refiner(place: float, order: int, sees: str = "old", base: str = "old") -> 
 
 # The forms of the R block. "released" is the published code's: both refinements see the old velocity, the second is
 # added to the first, which is handed on. "consistent" is as trained: the second sees and corrects the first, and is
-# handed on. "single" is P with the refiner as evaluator.
+# handed on. "single" is P, "midpoint" M and "adams" A with the refiner as evaluator: each belongs after that block,
+# where the velocity that it sees is one step old.
 REFINER_BLOCKS: dict[str, Block] = {
     "released": Block("refiner", (_refiner(0, 0), _refiner(1, 1, base="new")), 2, keeps=(0,), as_end=True),
     "consistent": Block("refiner", (_refiner(0, 0), _refiner(1, 1, "new", "new")), 2),
     "single": Block("refiner", (_refiner(1, 1),), 2, trapezoid=True),
+    "midpoint": Block("refiner", (_refiner(0.5, 2),), 1),
+    "adams": Block("refiner", (_refiner(0, 0),), 2),
 }
 REFINER_STEPS = tuple(REFINER_BLOCKS)
 
@@ -92,6 +96,12 @@ BLOCKS: dict[str, Block] = {
     "H": Block("Heun", (Stage(0, 0), Stage(1, 1)), 2),
     "P": Block("pseudo corrector", (Stage(1, 1),), 2, start="H", trapezoid=True),
     "R": REFINER_BLOCKS["released"],
+    "A": Block("Adams-Bashforth 2", (Stage(0, 0),), 2),
+    "B": Block("Adams-Bashforth 3", (Stage(0, 0),), 3, start="DA"),
+    "D": Block("midpoint", (Stage(0, 0), Stage(0.5, 1)), 1),
+    "F": Block("midpoint with the last velocity", (Stage(0.5, 1),), 1, start="D"),
+    "M": Block("staggered pseudo corrector", (Stage(0.5, 2),), 1, start="D"),
+    "L": Block("line through the last velocities, no evaluation", (), 2),
 }
 
 
@@ -119,15 +129,16 @@ def check_refiner_step(refiner_step: str) -> None:
 class Step:
     """A block at its place in a trajectory, with everything that its times decide.
 
-    `times` are those of its evaluations; `weights` has a row for the point of each evaluation and one for the move.
-    `takes` are the velocities, by their places among those at hand, that it works with; `keeps` are those, by their
-    places among those at hand and its own after them, that are at hand afterwards.
+    `times` are those of its evaluations, floats or what the networks take in their place; `weights` has a row for the
+    point of each evaluation and one for the move. `takes` are the velocities, by their places among those at hand,
+    that it works with; `keeps` are those, by their places among those at hand and its own after them, that are at hand
+    afterwards.
     """
 
     block: Block
     start: float
     end: float
-    times: tuple[float, ...]
+    times: tuple[Any, ...]
     weights: tuple[Weights, ...]
     takes: tuple[int, ...]
     keeps: tuple[int, ...]

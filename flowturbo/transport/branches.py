@@ -7,11 +7,13 @@ the eager sampler and static graphs share the functions here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from flowturbo.transport.guidance import Instant
 
 Network = Callable[..., Tensor]
 
@@ -25,37 +27,49 @@ class Branches(Protocol):
 
 
 class Guided:
-    """Velocities of a "predictor", and refinements by a "refiner", guided from both branches where `active` says so.
+    """Velocities of a "predictor", and refinements by a "refiner", guided where their Instants say so.
 
-    `active(t)` tells whether the null branch is needed at t; `scale` and `channels` as in Guidance, which lie along
-    `dim`. What the methods return has N rows, or 2N where guided: those of both branches.
+    `scale` and `channels` as in Guidance; channels lie along `dim`. `differences` are the last two v_cond − v_null of
+    the predictor, oldest first, for the instants whose null branch is not evaluated; None where there are none such.
+    What the methods return has N rows, or 2N where guided: those of both branches.
     """
 
     def __init__(
         self,
         branches: Mapping[str, Branches],
-        active: Callable[[Any], bool],
         scale: float | Tensor,
         channels: int | str,
         dim: int = 1,
+        differences: Sequence[Tensor] | None = None,
     ):
-        self.branches, self.active = branches, active
+        self.branches, self.differences = branches, differences
         self.scale, self.channels, self.dim = scale, channels, dim
 
-    def velocity(self, x: Tensor, t: Any) -> Tensor:
+    def velocity(self, x: Tensor, at: Instant) -> Tensor:
         """v(x, t)."""
-        return self._evaluate(self.branches["predictor"], x, t)
+        output = self._evaluate("predictor", x, at)
+        if at.null and self.differences is not None:
+            condition, null = output.chunk(2)
+            self.differences = [*self.differences, condition - null][-2:]
+        elif at.weights:
+            assert self.differences is not None
+            known = zip(reversed(at.weights), reversed(self.differences))
+            difference = sum(weight * value for weight, value in known)
+            output = torch.cat([output, output - difference]).to(x.dtype)
+        return self._guide(output, x)
 
-    def refine(self, x: Tensor, t: Any, seen: Tensor, base: Tensor) -> Tensor:
+    def refine(self, x: Tensor, at: Instant, seen: Tensor, base: Tensor) -> Tensor:
         """base + r(x, t, seen): the offset is guided, then added."""
-        offset = self._evaluate(self.branches["refiner"], x, t, seen)
+        offset = self._guide(self._evaluate("refiner", x, at, seen), x)
         return match_rows(base, len(offset)) + offset
 
-    def _evaluate(self, branches: Branches, x: Tensor, t: Any, *velocities: Tensor) -> Tensor:
-        both = self.active(t)
-        rows = 2 * len(x) if both else len(x)
-        output = branches(x, t, *(match_rows(v, rows) for v in velocities), null=both).to(x.dtype)
-        return guide(output, self.scale, self.channels, self.dim) if both else output
+    def _evaluate(self, network: str, x: Tensor, at: Instant, *velocities: Tensor) -> Tensor:
+        rows = 2 * len(x) if at.null else len(x)
+        given = (match_rows(v, rows) for v in velocities)
+        return self.branches[network](x, at.t, *given, null=at.null).to(x.dtype)
+
+    def _guide(self, output: Tensor, x: Tensor) -> Tensor:
+        return output if len(output) == len(x) else guide(output, self.scale, self.channels, self.dim)
 
 
 def guide(both: Tensor, scale: float | Tensor, channels: int | str, dim: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ ODE solver dopri5 and the Euler-Maruyama SDE. All share `sample(z, y)`, and `dec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from flowturbo.transport.branches import Guided, Network, label_branches
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS, Path
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 Noise = Callable[[int], Tensor]  # step -> standard normal noise of the state's shape
 Decode = Callable[[Tensor], Tensor]
@@ -38,9 +40,9 @@ class FlowTurbo:
     """Samples along a schedule of blocks.
 
     `predictor(x, t, y, drop)` and `refiner(x, t, v, y, drop)` are SiT and VelocityRefiner or anything like them;
-    a schedule without R needs no refiner; `path` is the one they were trained on. `cfg_scale` is a number, or a
-    Guidance that also says on which channels and when. `refiner_step` is one of `blocks.REFINER_STEPS`. `engine` makes
-    what evaluates the steps, from this sampler.
+    a schedule without R needs no refiner, and a Solver may stand in its place; `path` is the one they were trained on.
+    `cfg_scale` is a number, or a Guidance that also says on which channels, when and how often. `refiner_step` is one
+    of `blocks.REFINER_STEPS`. `engine` makes what evaluates the steps, from this sampler.
     Raises ValueError for a schedule with R but no refiner, and for what Schedule, Guidance and the engine refuse.
     """
 
@@ -48,7 +50,7 @@ class FlowTurbo:
         self,
         predictor: Network,
         refiner: Network | None = None,
-        schedule: str | Schedule = "H1P5R3",
+        schedule: str | Schedule | Solver = "H1P5R3",
         cfg_scale: float | Guidance = 1.5,
         refiner_step: str = "released",
         *,
@@ -56,7 +58,7 @@ class FlowTurbo:
         engine: Callable[[FlowTurbo], Engine] | None = None,
         decode: Decode | None = None,
     ):
-        self.schedule = Schedule.parse(schedule)
+        self.schedule = schedule if isinstance(schedule, Solver) else Schedule.parse(schedule)
         self.steps = self.schedule.plan(refiner_step, self.schedule.times(*path.interval))
         if self.schedule.has_refiner and refiner is None:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
@@ -71,6 +73,10 @@ class FlowTurbo:
     def evaluations(self) -> tuple[int, int]:
         """(predictor, refiner) evaluations of one trajectory."""
         return self.schedule.evaluations(self.refiner_step)
+
+    def rows(self) -> tuple[int, int]:
+        """(predictor, refiner) rows that it evaluates for one image: guidance needs two where both branches are."""
+        return self.guidance.rows(self.steps)
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
@@ -101,8 +107,10 @@ class Eager:
         return x if self.sampler.decode is None else self.sampler.decode(x)
 
     def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
-        networks = guided(self.sampler.guidance, y, self.sampler.predictor, self.sampler.refiner)
-        return integrate(self.sampler.steps, z, networks.velocity, networks.refine)
+        sampler = self.sampler
+        networks = guided(sampler.guidance, y, sampler.predictor, sampler.refiner)
+        steps = [replace(s, times=at) for s, at in zip(sampler.steps, sampler.guidance.instants(sampler.steps))]
+        return integrate(steps, z, networks.velocity, networks.refine)
 
 
 class ODESampler:
@@ -125,6 +133,7 @@ class ODESampler:
     ):
         self.predictor, self.guidance, self.path = predictor, guidance, path
         self.atol, self.rtol, self.decode = atol, rtol, decode
+        check_every(guidance)
         if not (atol > 0 and rtol > 0):
             raise ValueError(f"tolerances must be positive, got atol {atol} and rtol {rtol}")
 
@@ -137,10 +146,10 @@ class ODESampler:
         from torchdiffeq import odeint
 
         check_batch(z, y, self.predictor)
-        velocity = guided(self.guidance, y, self.predictor).velocity
+        networks = guided(self.guidance, y, self.predictor)
         times = torch.tensor(self.path.interval, dtype=z.dtype, device=z.device)
         x = odeint(
-            lambda t, x: velocity(x, t)[: len(x)],
+            lambda t, x: networks.velocity(x, self.guidance.instant(t))[: len(x)],
             z,
             times,
             method="dopri5",
@@ -173,6 +182,7 @@ class SDESampler:
     ):
         if diffusion not in DIFFUSIONS:
             raise ValueError(f"diffusion {diffusion!r} is not one of {', '.join(DIFFUSIONS)}")
+        check_every(guidance)
         if not (2 <= steps <= 100_000 and 0 < last_step < 1):
             raise ValueError(f"an SDE needs 2 to 100000 steps and a last step in (0, 1), got {steps} and {last_step}")
         self.predictor, self.guidance, self.path = predictor, guidance, path
@@ -187,14 +197,14 @@ class SDESampler:
         divided by √dt, by default drawn from torch's generator."""
         check_batch(z, y, self.predictor)
         noise = noise or (lambda k: torch.randn_like(z))
-        velocity = guided(self.guidance, y, self.predictor).velocity
+        networks = guided(self.guidance, y, self.predictor)
         start, end = self.path.interval
         times = torch.linspace(start, end - self.last_step, self.steps, dtype=torch.float64)
         dt = float(times[1] - times[0])
         x = z
         for k, t in enumerate(times):
             t = t.to(z.device, torch.promote_types(z.dtype, torch.float32))
-            v = velocity(x, t)[: len(x)]
+            v = networks.velocity(x, self.guidance.instant(t))[: len(x)]
             d = DIFFUSIONS[self.diffusion](self.path, t)
             drift = v + d * self.path.score(v, x, t)
             last = k == self.steps - 1
@@ -209,7 +219,13 @@ def guided(guidance: Guidance, y: Tensor, predictor: Network, refiner: Network |
     """The networks with their labels y (N,) bound, guided."""
     networks = {"predictor": predictor, **({} if refiner is None else {"refiner": refiner})}
     branches = {name: label_branches(network, y) for name, network in networks.items()}
-    return Guided(branches, lambda t: guidance.active(float(t)), guidance.scale, guidance.channels)
+    return Guided(branches, guidance.scale, guidance.channels, differences=[] if guidance.every > 1 else None)
+
+
+def check_every(guidance: Guidance) -> None:
+    """Raises ValueError for guidance at some of the evaluations only, for which the times must be known beforehand."""
+    if guidance.every > 1:
+        raise ValueError(f"guidance at every {guidance.every} evaluations is for schedules of blocks alone")
 
 
 def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:

@@ -15,6 +15,7 @@ from flowturbo.transport.blocks import check_refiner_step
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 if TYPE_CHECKING:
     from flowturbo.transport.samplers import Decode, Engine, FlowTurbo, Network, Sampler
@@ -46,14 +47,19 @@ class SamplerSpec:
     """A sampler by name. str() is the name in its shortest spelling."""
 
     name: str
-    schedule: Schedule | None = None  # of blocks; None for the others
+    schedule: Schedule | Solver | None = None  # None for dopri5 and SDEs
     sde_steps: int | None = None
 
     @classmethod
-    def parse(cls, text: str | SamplerSpec) -> SamplerSpec:
-        """The sampler that a text names. Raises ValueError, with the grammar of schedules, for anything else."""
+    def parse(cls, text: str | Solver | SamplerSpec) -> SamplerSpec:
+        """The sampler that a text names, or that runs a solver.
+
+        Raises ValueError, with the grammar of schedules, for anything else.
+        """
         if isinstance(text, SamplerSpec):
             return text
+        if isinstance(text, Solver):
+            return cls(str(text), text)
         name = text.strip().lower()
         if name == "dopri5":
             return cls(name)
@@ -78,6 +84,14 @@ class SamplerSpec:
         if self.schedule is not None:
             return self.schedule.evaluations(refiner_step)
         return None if self.sde_steps is None else (self.sde_steps, 0)
+
+    def rows(self, settings: SamplerSettings = SamplerSettings()) -> tuple[int, int] | None:
+        """(predictor, refiner) rows that one image takes: two for an evaluation with guidance; None where they are
+        known only afterwards."""
+        if self.schedule is None:
+            return None
+        times = self.schedule.times(*PATHS[settings.path_type].interval)
+        return settings.guidance.rows(self.schedule.plan(settings.refiner_step, times))
 
     def build(
         self,

@@ -61,7 +61,7 @@ def export_weights(
 
         with atomic_write(out) as file:
             file.write(save(weights, {"format": "pt", "config": json.dumps(config)}))
-    return CheckpointInfo(out, info.step, info.model, config["training"])
+    return CheckpointInfo(out, info.step, info.model, config["training"], config)
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

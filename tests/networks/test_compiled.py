@@ -26,9 +26,10 @@ from flowturbo.system.advice import advice_for
 from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings, SamplerSpec, Schedule
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.samplers import Eager
+from flowturbo.transport.solver import Solver
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-FORMS = REFINER_STEPS
+FORMS = REFINER_STEPS[:3]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,31 @@ def test_compiled_latents_equal_eager_ones(backend, schedule, kwargs, form, tiny
     with counting() as again:
         assert torch.equal(quick.sample(z, y), latents)
     assert again.graphs == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "form", "guidance", "graphs"),
+    [
+        ("A3", "released", Guidance(), "A"),  # the first step is padded with a zero velocity: one graph
+        ("B4", "released", Guidance(), "DAB"),
+        ("M3R2", "midpoint", Guidance(), "DMR"),
+        ("F2A1R1L1", "adams", Guidance(), "DFARL"),
+        (Solver.of("M3"), "released", Guidance(), "S"),
+        ("A5", "released", Guidance(every=2), "Aa"),  # with the null branch and without
+        ("A3R1", "adams", Guidance(every=3, interval=(0.3, 1.0)), None),
+        (Solver.of("A4@shift2"), "released", Guidance(2.0, every=2), "Ss"),
+    ],
+    ids=str,
+)
+def test_every_block_and_solver_compiles(backend, schedule, form, guidance, graphs, tiny, batch):
+    z, y = batch(2)
+    quick, eager = both(tiny, schedule, refiner_step=form, cfg_scale=guidance)
+    with counting() as found:
+        latents = quick.sample(z, y)
+    assert found.breaks == {}
+    if graphs is not None:
+        assert found.graphs <= len(graphs)
+    assert_equal(latents, eager.sample(z, y))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from flowturbo.transport import FlowTurbo, Guidance, Schedule
 from flowturbo.transport.blocks import integrate
 from flowturbo.transport.branches import guide
+from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import guided as bind
 
 NULL = 10
@@ -68,7 +69,7 @@ def test_three_channels_are_the_default():
 def test_velocity_evaluates_both_branches_in_one_call(xy, recorder):
     x, y = xy
     network = recorder(predict)
-    out = bind(Guidance(2.0), y, network).velocity(x, 0.25)
+    out = bind(Guidance(2.0), y, network).velocity(x, Instant(0.25, True))
     torch.testing.assert_close(out, torch.cat(guided(*branches(predict, x, 0.25, y), 2.0, 3)))
     ((states, times, labels, drop),) = network.calls
     assert torch.equal(states, torch.cat([x, x]))
@@ -82,7 +83,7 @@ def test_a_refinement_shows_each_branch_its_own_velocity(xy, recorder):
     network = recorder(refine)
     v = torch.randn(6, 4, 2, 2, dtype=torch.float64)
     base = torch.randn(6, 4, 2, 2, dtype=torch.float64)
-    out = bind(Guidance(2.0), y, predict, network).refine(x, 0.25, v, base)
+    out = bind(Guidance(2.0), y, predict, network).refine(x, Instant(0.25, True), v, base)
     expected = guided(*branches(refine, x, 0.25, y, [[half] for half in v.chunk(2)]), 2.0, 3)
     torch.testing.assert_close(out, base + torch.cat(expected))
     assert len(network) == 1
@@ -141,7 +142,7 @@ def test_scale_1_equals_the_limit_of_guidance(predictor, refiner, batch):
 
 def test_scale_0_is_the_null_class(xy):
     x, y = xy
-    out = bind(Guidance(0.0, "all"), y, predict).velocity(x, 0.25)
+    out = bind(Guidance(0.0, "all"), y, predict).velocity(x, Instant(0.25, True))
     torch.testing.assert_close(out, torch.cat([branches(predict, x, 0.25, y)[1]] * 2))
 
 

@@ -60,16 +60,16 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         use_beta_sigmas: bool = False,
         time_shift_type: str = "exponential",
         schedule: str | None = None,
-        solver: str = "P",
+        solver: str = "A",
         refiner_step: str = "single",
         velocity: str = "noise-data",
     ):
         check_refiner_step(refiner_step)
         if velocity not in VELOCITIES:
             raise ValueError(f"velocity {velocity!r} is not one of {', '.join(VELOCITIES)}")
-        if solver not in BLOCKS or BLOCKS[solver].evaluations("refiner"):
-            predictors = [letter for letter, block in BLOCKS.items() if not block.evaluations("refiner")]
-            raise ValueError(f"solver {solver!r} is not one of {', '.join(predictors)}")
+        solvers = [letter for letter, block in BLOCKS.items() if block.leads]
+        if solver not in solvers:
+            raise ValueError(f"solver {solver!r} is not one of {', '.join(solvers)}")
         self.schedule = None if schedule is None else Schedule.parse(schedule)
         inherited = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         super().__init__(**{name: value for name, value in self.config.items() if name in inherited})

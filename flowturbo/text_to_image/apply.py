@@ -36,7 +36,7 @@ def apply_flowturbo(
     refiner_step: str = "single",
     **settings: Any,
 ) -> FlowTurboScheduler:
-    """Let a pipeline of diffusers sample with FlowTurbo; returns its scheduler, which says how many evaluations to ask for.
+    """Let a pipeline of diffusers sample with FlowTurbo; returns its scheduler, which knows its number of evaluations.
 
         scheduler = apply_flowturbo(pipe, FlowRefiner.from_pretrained("refiner"), "H1P5R3")
         pipe("a cat", num_inference_steps=scheduler.evaluations)
@@ -55,7 +55,9 @@ def apply_flowturbo(
         if refiner is None:
             raise ValueError(f"schedule {schedule} has R blocks: they need a refiner")
         if not refiner.fits(network):
-            raise ValueError(f"the refiner, a {type(refiner.network).__name__}, is not one of this {type(network).__name__}")
+            raise ValueError(
+                f"the refiner, a {type(refiner.network).__name__}, is not one of this {type(network).__name__}"
+            )
         if getattr(network, "is_cache_enabled", False):
             raise ValueError("a cache of diffusers is enabled on the network: expected none together with R blocks")
         refiner.to(next(network.parameters()).dtype)
@@ -143,8 +145,8 @@ class FlowTurboHook(ModelHook):
         v = self._kept.get((self._call, number))  # type: ignore[arg-type]
         if v is None:
             raise ValueError(
-                f"evaluation {self._place[1]} calls the network {self._call + 1} times, the ones before fewer: a refiner "
-                "needs the same calls at every evaluation"
+                f"evaluation {self._place[1]} calls the network {self._call + 1} times, the ones before fewer: a "
+                "refiner needs the same calls at every evaluation"
             )
         return v
 

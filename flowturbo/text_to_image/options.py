@@ -11,8 +11,16 @@ from typing import Any
 from flowturbo.configurations import PRECISIONS
 from flowturbo.sampling.options import DEVICE_HELP
 from flowturbo.system.options import option, seed
-from flowturbo.training.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, HardwareOptions, Optimisation, OutputOptions
-from flowturbo.training.options import Range, _Group
+from flowturbo.training.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    POSITIVE,
+    HardwareOptions,
+    Optimisation,
+    OutputOptions,
+    Range,
+    _Group,
+)
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, TIME_DISTRIBUTIONS
 
@@ -78,11 +86,21 @@ class PromptOptions(_Group):
 
 
 @dataclass(frozen=True)
+class MeasureOptions(_Group):
+    """How rows are measured."""
+
+    reference: str | None = option("A64", "the fine solution that rows are compared with", metavar="SCHEDULE")
+    repetitions: int = option(1, "of all rows, for their times", within=AT_LEAST_1)
+
+
+@dataclass(frozen=True)
 class WhatOptions(_Group):
     """What is trained, for which pipeline."""
 
     pipeline: str = option(help="a diffusers pipeline: a folder, or a name on the hub", metavar="DIR")
-    target: str = option("refiner", "its refiner, or its network itself, from where it is", choices=TARGETS, shapes=True)
+    target: str = option(
+        "refiner", "its refiner, or its network itself, from where it is", choices=TARGETS, shapes=True
+    )
 
 
 @dataclass(frozen=True)

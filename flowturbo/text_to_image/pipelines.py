@@ -31,6 +31,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: torch.d
             raise ValueError(f"folder {name!r} holds no pipeline: expected model_index.json")
         parts = json.loads(index.read_text(encoding="utf-8"))
         missing = {part: None for part, value in parts.items() if value == [None, None]}
+    diffusers.utils.logging.disable_progress_bar()
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **missing)
     return pipe.to(device)
 

@@ -1,7 +1,7 @@
-"""A refiner for any network of a flow pipeline: the network itself, of one transformer block, with the velocity as input.
+"""A refiner for any network of a flow pipeline: the network itself, of one transformer block, given the velocity too.
 
-Source: FlowTurbo, section 4.1 (the refiner shares the predictor's architecture, with one block; InstaFlow's is a U-Net of
-43.5 M parameters).
+Source: FlowTurbo, section 4.1 (the refiner shares the predictor's architecture, with one block; InstaFlow's is a U-Net
+of 43.5 M parameters).
 """
 
 from __future__ import annotations

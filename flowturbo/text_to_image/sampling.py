@@ -153,7 +153,7 @@ def open_pipeline(options: TextSamplingOptions, device: torch.device, dtype: tor
     from flowturbo.text_to_image.pipelines import load_pipeline
 
     if options.offload != "none" and device.type != "cuda":
-        raise ValueError(f"offload {options.offload} moves networks between a GPU and the CPU: this device is {device}")
+        raise ValueError(f"offload {options.offload} moves networks between GPU and CPU: this device is {device}")
     pipe = load_pipeline(options.pipeline, dtype, device if options.offload == "none" else "cpu")
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         dtype = pick_precision(options.hardware.precision, ranks.device)
         pipe = load_pipeline(options.what.pipeline, torch.float32, ranks.device)
         cache = Path(options.data.cache or options.data.data_path.rstrip("/") + "-cache")
-        data = ranks.agree(lambda: encode_folder(pipe, options.data.data_path, cache, options.data.size))
+        encode = partial(encode_folder, pipe, options.data.data_path, cache, options.data.size)
+        data = ranks.agree(encode)
         teacher: Any = network_of(pipe).requires_grad_(False).eval()
         network = teacher
         if options.what.target == "refiner":
@@ -101,10 +103,12 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
             teacher.to(dtype)
         network.requires_grad_(True)
         optimisation = options.optimisation
-        samples = open_samples(cache, list(family_of(network).conditions), optimisation.seed, optimisation.class_dropout)
+        samples = open_samples(
+            cache, list(family_of(network).conditions), optimisation.seed, optimisation.class_dropout
+        )
         run = begin(options, ranks, network, data)
         shift = options.recipe.shift or float(pipe.scheduler.config.get("shift") or 1)
-        del pipe  # autoencoder and text encoders have done their work
+        del pipe, encode  # autoencoder and text encoders have done their work
         objective = objective_for(options, network, teacher, shift, dtype)
         return run.folder, _fit(run, samples, objective, stop)
 

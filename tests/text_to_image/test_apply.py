@@ -161,7 +161,9 @@ def test_what_does_not_go_together_is_refused():
         apply_flowturbo(pipe, refiner_from(new_transformer("Sana")), "H1P3R2")
     scheduler = apply_flowturbo(pipe, refiner, "H1P3R2")
     with pytest.raises(ValueError, match="skip_layers"):
-        run("SD3", pipe, noise_for("SD3"), scheduler.evaluations, skip_guidance_layers=[0], skip_layer_guidance_stop=1.0)
+        run(
+            "SD3", pipe, noise_for("SD3"), scheduler.evaluations, skip_guidance_layers=[0], skip_layer_guidance_stop=1.0
+        )
     run("SD3", pipe, noise_for("SD3"), scheduler.evaluations)
     pipe.scheduler = type(scheduler).from_config(scheduler.config)  # the hook follows the one before
     with pytest.raises(ValueError, match="another scheduler"):

@@ -18,14 +18,17 @@ Encoded = dict[str, Tensor]
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """A pipeline from a folder, or from the hub where that is reached; components that it was saved without are None.
 
-    Raises ValueError for a folder that holds none.
+    Raises ValueError for a folder that holds none, and for what is neither.
     """
     import diffusers
 
     import flowturbo  # noqa: F401 (diffusers takes a scheduler of ours from a package that is imported already)
 
     missing: dict[str, None] = {}
-    if Path(name).is_dir():
+    if not Path(name).is_dir():
+        if name.count("/") != 1:
+            raise ValueError(f"pipeline {name!r} is no folder here, and no OWNER/NAME of a hub")
+    else:
         index = Path(name) / "model_index.json"
         if not index.is_file():
             raise ValueError(f"folder {name!r} holds no pipeline: expected model_index.json")

@@ -149,7 +149,7 @@ def sample_all(sampler: TextSampler, seed: int, prompts: Sequence[str], batch_si
 
 
 def open_pipeline(options: TextSamplingOptions, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pipeline of the options on a device, offloaded where they say so. Raises ValueError for a CPU's offloading."""
+    """The pipeline of the options on a device, offloaded where they say so. Raises ValueError for that on a CPU."""
     from flowturbo.text_to_image.pipelines import load_pipeline
 
     if options.offload != "none" and device.type != "cuda":

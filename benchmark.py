@@ -6,9 +6,11 @@ Usage:
   python benchmark.py --ablate --batch-sizes 2 # one optimisation at a time, and what compiling takes
   python benchmark.py --train                  # steps of refiner training, and where their time goes
   python benchmark.py --startup                # how long --help and imports take
+  python benchmark.py --quality --cfg-scale 1  # samplers of a trained model at equal evaluations, with their errors
 
-Weights are random: speed does not depend on them. All variants run in turn in one process, on the same inputs. On a
-CPU the defaults are small (3 blocks, one image, three schedules) and one thread is timed by its process time.
+Weights are random, but for --quality: speed does not depend on them. All variants run in turn in one process, on the
+same inputs. On a CPU the defaults are small (3 blocks, one image, three schedules) and one thread is timed by its
+process time.
 """
 
 from __future__ import annotations
@@ -17,16 +19,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.options import BenchmarkOptions, plan_of
+from benchmarks.options import BenchmarkOptions, QualityOptions, plan_of
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = cli.parse(cli.new_parser(__doc__), argv, {"what to measure": BenchmarkOptions})
+    kinds = {"what to measure": BenchmarkOptions, "--quality": QualityOptions}
+    options, quality = cli.parse(cli.new_parser(__doc__), argv, kinds)
     for file in filter(None, (options.json, options.plot)):
         check_writable(file)
-    figures = startup_figures() if options.startup else device_figures(options)
+    if options.startup:
+        figures = startup_figures()
+    elif options.quality:
+        figures = quality_figures(options, quality)
+    else:
+        figures = device_figures(options)
     if options.json:
         from flowturbo.system.claims import write_record
 
@@ -38,6 +46,24 @@ def startup_figures() -> dict[str, Any]:
     from benchmarks import startup
 
     return {"rows": [asdict(row) for row in startup.measure()]}
+
+
+def quality_figures(options: BenchmarkOptions, what: QualityOptions) -> dict[str, Any]:
+    """Measure samplers of a trained model."""
+    import torch
+
+    from benchmarks import quality
+    from benchmarks.measure import describe
+    from flowturbo.system.distributed import pick_device
+
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    for line in describe(device):
+        print(line)
+    rows = quality.measure(what, options)
+    settings = {**asdict(options), **asdict(what), "device": describe(device)}
+    return {"settings": settings, "rows": [asdict(row) for row in rows]}
 
 
 def device_figures(options: BenchmarkOptions) -> dict[str, Any]:

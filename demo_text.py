@@ -137,7 +137,7 @@ def write_pairs(folder: Path) -> None:
     images, labels = real_digits()
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines: list[str] = []
     for left, right in ((a, b) for a in range(10) for b in range(10) if (a, b) not in HELD_OUT):
         for _ in range(IMAGES_PER_PAIR):
             parts = [images[random.choice(np.flatnonzero(labels == digit))] for digit in (left, right)]

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.solvers import check_made_for, parse_sampler
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
 from flowturbo.transport.blocks import BLOCKS
-from flowturbo.transport.spec import SamplerSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowturbo.data.classes import ClassNames
     from flowturbo.sampling.generate import ImageSampler
+    from flowturbo.transport.spec import SamplerSpec
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 
@@ -37,7 +38,8 @@ class Options:
 
     schedule: str = option(
         "H1P5R3",
-        f"blocks with counts, groups as [H1P1R1]x2, on a grid as H8@shift2; or dopri5, or sdeN for an SDE of N steps. "
+        "blocks with counts, groups as [H1P1R1]x2, on a grid as H8@shift2; the file or the name of a solver; dopri5; "
+        "sdeN for an SDE of N steps. "
         f"Blocks: {', '.join(f'{letter} ({block.name})' for letter, block in BLOCKS.items())}",
     )
     compare: tuple[str, ...] | None = option(
@@ -63,7 +65,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"what to sample": Options, "networks": NetworkOptions, "sampling": SamplingOptions}
     options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds)
-    specs = [SamplerSpec.parse(text) for text in options.compare or [options.schedule]]
+    specs = [parse_sampler(text) for text in options.compare or [options.schedule]]
     out = Path(options.out or default_name(specs, sampling))
     check_writable(out)
 
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flowturbo.sampling.generate import ImageSampler, find_files, load_networks
 
     files = find_files(network_options, any(spec.needs_refiner for spec in specs))
+    for spec in specs:
+        check_made_for(spec, files.predictor, sampling.guidance, sampling.strict, cli.warn)
     networks = load_networks(network_options, files)
     classes = pick_classes(options, networks.predictor.num_classes, networks.class_names)
     settings = sampling.settings(networks.path_type or "linear")

@@ -27,13 +27,17 @@ class BenchmarkOptions:
     ablate: bool = option(False, "one optimisation at a time, on the first schedule")
     train: bool = option(False, "steps of refiner training")
     startup: bool = option(False, "CPU seconds of every script's --help, and of imports, beside `import torch`")
+    quality: bool = option(
+        False, "samplers of a trained model at equal evaluations: error of the end points, time, Fréchet distance"
+    )
     model: str = option("SiT-XL/2", "size of the predictor", choices=tuple(SIT_CONFIGS))
     depth: int | None = option(None, "its blocks (default: the named size's; on a CPU 3)")
     image_size: int = option(256, "side of the images")
     batch_sizes: tuple[int, ...] | None = option(None, "(default: 1 8 32; on a CPU 1)", metavar="N")
     schedules: tuple[str, ...] | None = option(
         None,
-        f"(default: the paper's nine; on a CPU {' '.join(SHORT_LIST)}; with --ablate H1P5R3)",
+        f"(default: the paper's nine; on a CPU {' '.join(SHORT_LIST)}; with --ablate H1P5R3; with --quality those of "
+        "--evaluations)",
         metavar="SCHEDULE",
     )
     decode: bool | None = option(None, "only with, or only without decoding (default: both)")
@@ -53,17 +57,41 @@ class BenchmarkOptions:
             raise ValueError("batch_sizes, repeats, depth and threads must be at least 1")
         if self.image_size < 64 or self.image_size % 64:
             raise ValueError(f"image_size {self.image_size} must be a multiple of 64")
-        for text in self.schedules or ():
+        kinds = self.ablate + self.train + self.startup + self.quality
+        if kinds > 1:
+            raise ValueError("ablate, train, startup and quality are four measurements: expected one of them")
+        for text in () if self.quality else self.schedules or ():
             Schedule.parse(text)
-        if Guidance(self.cfg_scale).scale == 1:
+        if Guidance(self.cfg_scale).scale == 1 and not self.quality:
             raise ValueError("cfg_scale 1 leaves nothing to compare with: the released code cannot do without guidance")
-        if self.ablate + self.train + self.startup > 1:
-            raise ValueError("ablate, train and startup are three measurements: expected one of them")
         if self.train and (self.schedules or self.decode is not None):
             raise ValueError("train has no schedules and no decode")
-        plotted = not (self.train or self.ablate or self.startup)
+        plotted = not kinds
         if self.plot and not (plotted and Path(self.plot).suffix.lower() == ".png"):
             raise ValueError("plot is for the table of schedules, and its name must end in .png")
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """What the table of samplers compares. Raises ValueError for impossible values."""
+
+    predictor_ckpt: str = option("digits-predictor.pt", "of the table: a checkpoint", metavar="FILE")
+    vae_ckpt: str = option("none", "its autoencoder", metavar="NAME")
+    evaluations: tuple[int, ...] = option((6, 8, 12), "of each group of rows: even numbers", metavar="N")
+    refiners: tuple[str, ...] = option(
+        (), "rows with a refiner, each after the same schedule with L", metavar="SCHEDULE:FORM:FILE"
+    )
+    cfg_every: int = option(1, "further rows with the null branch at each K-th evaluation only", metavar="K")
+    num_images: int = option(512, "samples that errors are measured on")
+    compile: bool = option(False, "blocks, and the peers' networks, as static graphs")
+    reference: str | None = option(None, "images, or their features, for the Fréchet distance", metavar="PATH")
+    extractor: str = option("inception", "of that distance: inception, pixels or dinov2")
+
+    def __post_init__(self) -> None:
+        if any(n < 4 or n % 2 for n in self.evaluations):
+            raise ValueError("evaluations must be even numbers of at least 4")
+        if self.num_images < 2 or self.cfg_every < 1:
+            raise ValueError("num_images must be at least 2, cfg_every at least 1")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ BELOW = {  # what each room may import, besides itself
     "sampling": {*CORE, "system", "weights", "networks", "data", "evaluation"},
     "training": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling"},
     "text_to_image": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
+    "planning": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
 }
 TORCH_FREE = (  # so that a command line is parsed before torch is imported
     *("configurations", "system.options", "system.cli", "system.advice", "system.files", "system.claims"),
     *("transport.blocks", "transport.grids", "transport.guidance", "transport.path", "transport.schedule"),
-    *("transport.losses", "transport.spec", "data.options", "sampling.options", "training.options"),
+    *("transport.losses", "transport.spec", "data.options", "sampling.options", "sampling.solvers", "training.options"),
     "training.stopping",
 )
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}

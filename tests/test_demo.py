@@ -87,13 +87,16 @@ def test_the_table_has_a_line_for_every_schedule():
     assert len({len(line) for line in (head, *lines)}) == 1
 
 
-def test_the_verdict_says_which_rows_beat_heun_and_which_do_not():
-    lines = demo.verdict(RESULTS).splitlines()
+def test_the_verdict_names_what_nothing_as_cheap_beats_and_what_beats_the_refiners():
+    lines = demo.verdict([*RESULTS, result("A9", 9, 0, 0.4)]).splitlines()
     assert lines == [
-        "H1P5R2 released, 7 + 4 evaluations: better than Heun at equal or fewer; beats H4, which takes 8.",
-        "H1P5R2 single, 7 + 2 evaluations: NOT better than Heun at equal or fewer; beats H3, which takes 6.",
-        "H1P7R2 single, 9 + 2 evaluations: better than Heun at equal or fewer; beats H8, which takes 16.",
-        "H1P1 single, 3 + 1 evaluations: NOT better than Heun at equal or fewer; beats no Heun row.",
+        "No row with as few evaluations is better than: H3 (6 evaluations), H4 (8 evaluations), "
+        "H1P7R2 single (11 evaluations), H1P1 single (4 evaluations), A9 (9 evaluations).",
+        "H1P5R2 released, 7 + 4 evaluations: H1P7R2 single with 11 is better.",
+        "H1P5R2 single, 7 + 2 evaluations: A9 with 9 is better.",
+        "H1P7R2 single, 9 + 2 evaluations: no row with as few is better.",
+        "H1P1 single, 3 + 1 evaluations: no row with as few is better.",
+        "Distances closer than about two standard errors cannot be told apart.",
     ]
 
 

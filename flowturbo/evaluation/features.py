@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowturbo.evaluation.extractors import INCEPTION_IDENTITY, Extractor
-from flowturbo.evaluation.sources import Archive, ImageArchive, ImageFolder
+from flowturbo.evaluation.sources import Archive
 from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
 from flowturbo.system.files import atomic_write
 
@@ -83,9 +84,22 @@ class FeatureSet:
         )
 
 
+class ImageSource(Protocol):
+    """Where images come from: a folder, an archive, or those at hand."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 (n, H, W, 3), n = size but for the last."""
+        ...
+
+
 def extract(
     extractor: Extractor,
-    images: ImageFolder | ImageArchive,
+    images: ImageSource,
     *,
     batch_size: int = 50,
     keep: Collection[str] = (),

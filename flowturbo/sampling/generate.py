@@ -138,6 +138,7 @@ class ImageSampler:
     """Makes uint8 images of sample numbers and classes: what is drawn for a sample depends on (seed, number) alone.
 
     With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included.
+    Without `decode` it makes latents.
     Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own.
     """
 
@@ -147,6 +148,7 @@ class ImageSampler:
         spec: str | SamplerSpec,
         settings: SamplerSettings = SamplerSettings(),
         compile: bool = False,
+        decode: bool = True,
     ):
         if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
             raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
@@ -160,7 +162,7 @@ class ImageSampler:
             networks.refiner,
             settings,
             engine=StaticGraphs if compile else None,
-            decode=self._decode,
+            decode=self._decode if decode else None,
         )
         self.evaluations = self.spec.evaluations(settings.refiner_step)
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowturbo.configurations import PRECISIONS, QUANTIZATIONS
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.options import option, seed
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS
-from flowturbo.transport.spec import SamplerSettings, SamplerSpec
+from flowturbo.transport.spec import SamplerSettings
 
 EXTRACTORS = ("inception", "pixels", "dinov2")
 DEVICE_HELP = "auto, cuda, cuda:K or cpu"
@@ -73,6 +74,7 @@ class SamplingOptions:
     rtol: float = option(1e-3, "relative tolerance of dopri5")
     diffusion: str = option("sigma", "diffusion term of the SDE", choices=tuple(DIFFUSIONS))
     seed: int = option(0, "image i depends on the seed and i alone", type=seed)
+    strict: bool = option(False, "refuse a solver that was made for another model or guidance, in place of a warning")
 
     def __post_init__(self) -> None:
         if self.cfg_channels != "all" and not re.fullmatch("[0-9]{1,9}", self.cfg_channels):
@@ -96,7 +98,7 @@ class SamplingOptions:
 class SetOptions:
     """A set of samples for evaluation: what, how many, and where they go. Raises ValueError for impossible values."""
 
-    schedule: str = option("H1P5R3", "as in sample.py: blocks with counts, dopri5 or sdeN")
+    schedule: str = option("H1P5R3", "as in sample.py: blocks with counts, a solver, dopri5 or sdeN")
     num_fid_samples: int = option(50_000, "how many images")
     per_proc_batch_size: int = option(32, "images sampled at once by each rank")
     labels: str = option(
@@ -129,9 +131,9 @@ class SetOptions:
             raise ValueError(f"tag {self.tag!r} must be a word for a folder name")
         if self.tag is not None and self.tag.endswith("-features"):
             raise ValueError(f"tag {self.tag!r} would write where another tag's features go")
-        SamplerSpec.parse(self.schedule)
+        parse_sampler(self.schedule)
 
     def folder(self, sampling: SamplingOptions) -> Path:
         """Where the set is made."""
-        schedule = SamplerSpec.parse(self.schedule)
+        schedule = parse_sampler(self.schedule)
         return Path(self.sample_dir) / (self.tag or f"{schedule}-cfg{sampling.cfg_scale:g}-seed{sampling.seed}")

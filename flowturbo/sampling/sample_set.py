@@ -5,12 +5,12 @@ Interrupted, the same call goes on; only what is missing is made.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from flowturbo.networks.precision import pick_precision
 from flowturbo.sampling.generate import Files, ImageSampler, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptions
 from flowturbo.sampling.sample_folder import SampleFolder
+from flowturbo.sampling.solvers import LearnedSolver, check_made_for, parse_sampler
+from flowturbo.system.cli import warn
 from flowturbo.system.distributed import World
 from flowturbo.system.files import exclusive, sha256
-from flowturbo.transport.spec import SamplerSpec
 
 PREVIEW = 64  # images in the preview grid
 
@@ -55,8 +56,9 @@ def make_sample_set(
     Raises OtherSettings where the folder was made otherwise, MissingWeights, and ValueError as ImageSampler does.
     """
     say = say if ranks.is_main else lambda _: None
-    spec = SamplerSpec.parse(options.schedule)
+    spec = parse_sampler(options.schedule)
     files = find_files(network_options, spec.needs_refiner)
+    check_made_for(spec, files.predictor, sampling.guidance, sampling.strict, warn if ranks.is_main else lambda _: None)
     with threads(options.threads):
         networks = load_networks(network_options, files, ranks.device, say)
         extractor = (
@@ -104,7 +106,7 @@ def record_of(
 ) -> dict[str, Any]:
     """Everything that the bytes of the output depend on, as JSON types."""
     networks = sample_set.sampler.networks
-    device = networks.device
+    device, schedule = networks.device, sample_set.sampler.spec.schedule
     return {
         **{name: getattr(options, name) for name in ("num_fid_samples", "per_proc_batch_size", "labels", "png")},
         **{name: getattr(network_options, name) for name in ("quantize", "compile")},
@@ -112,6 +114,7 @@ def record_of(
         **{name: getattr(sampling, name) for name in ("diffusion", "seed")},
         "path_type": sampling.settings(networks.path_type or "linear").path_type,
         "schedule": str(sample_set.sampler),
+        "solver": [*schedule.grid, *chain(*schedule.coefficients)] if isinstance(schedule, LearnedSolver) else None,
         "cfg_interval": list(sampling.cfg_interval),
         "predictor_sha256": sha256(files.predictor),
         "refiner_sha256": None if files.refiner is None else sha256(files.refiner),
@@ -204,7 +207,7 @@ class SampleSet:
         """Tell of pictures beside those of this run: who measures the folder would count them."""
         own = {path for k in range(self.folder.batches) for path in self._pictures(k)}
         if others := sorted(set((self.folder.folder / "png").glob("*.png")) - own):
-            print(f"warning: {len(others)} pictures that are not of this run, such as {others[0]}", file=sys.stderr)
+            warn(f"{len(others)} pictures that are not of this run, such as {others[0]}")
 
     def merged_statistics(self) -> dict[str, GaussianStatistics]:
         """Float64 statistics of "pool" and "spatial" features: each rank sums its own micro-batches, then all."""

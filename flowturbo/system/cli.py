@@ -76,6 +76,11 @@ def hyphenate(argv: Sequence[str] | None) -> list[str]:
     return spelled
 
 
+def warn(text: str) -> None:
+    """Tell in one line, on stderr, what a user should know although the work goes on."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's main; turn a user's mistake into one line on stderr and exit code 2.
 

@@ -73,8 +73,8 @@ def apply_flowturbo(
 def remove_flowturbo(pipe: Any) -> None:
     """Undo `apply_flowturbo`: the pipeline has the scheduler again that it had before. Without it nothing happens."""
     registry = getattr(network_of(pipe), "_diffusers_hook", None)
-    hook = registry and registry.get_hook(HOOK)
-    if hook:
+    hook = None if registry is None else registry.get_hook(HOOK)
+    if hook is not None:
         registry.remove_hook(HOOK, recurse=False)
         if pipe.scheduler is hook.scheduler:
             pipe.scheduler = hook.before

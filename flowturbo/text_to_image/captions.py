@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def _of_metadata(folder: Path) -> Iterator[Captioned]:
             name, caption = str(entry["file_name"]), str(entry["text"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{str(path)!r}, line {number}: expected an object with file_name and text") from None
-        yield Captioned(name, caption, lambda path=str(folder / name): path)
+        yield Captioned(name, caption, partial(str, folder / name))
 
 
 def _of_text_files(folder: Path) -> Iterator[Captioned]:
@@ -69,7 +70,7 @@ def _of_text_files(folder: Path) -> Iterator[Captioned]:
         text = (folder / name).with_suffix(".txt")
         if text.is_file():
             caption = text.read_text(encoding="utf-8").strip()
-            yield Captioned(name, caption, lambda path=str(folder / name): path)
+            yield Captioned(name, caption, partial(str, folder / name))
 
 
 def _of_tars(folder: Path) -> Iterator[Captioned]:
@@ -91,7 +92,7 @@ def _of_tars(folder: Path) -> Iterator[Captioned]:
             if dot and kind == "txt" and image is not None:
                 caption = member(path, text.offset_data, text.size).read().decode("utf-8").strip()
                 place = (path, image.offset_data, image.size)
-                yield Captioned(f"{path.name}/{image.name}", caption, lambda place=place: member(*place))
+                yield Captioned(f"{path.name}/{image.name}", caption, partial(member, *place))
 
 
 def _of_parquet(folder: Path) -> Iterator[Captioned]:
@@ -103,18 +104,19 @@ def _of_parquet(folder: Path) -> Iterator[Captioned]:
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError(f"reading {str(paths[0])!r} needs pyarrow") from None
+
+    def cell(path: Path, row: int) -> io.BytesIO:
+        value = pq.read_table(path, columns=["image"])["image"][row].as_py()
+        return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
+
     for path in paths:
         names = pq.read_schema(path).names
         text = next((name for name in ("text", "caption") if name in names), None)
         if text is None or "image" not in names:
             raise ValueError(f"{str(path)!r} has the columns {', '.join(names)}: expected image, and text or caption")
 
-        def cell(row: int, path: Path = path) -> io.BytesIO:
-            value = pq.read_table(path, columns=["image"])["image"][row].as_py()
-            return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
-
         for row, caption in enumerate(pq.read_table(path, columns=[text])[text].to_pylist()):
-            yield Captioned(f"{path.name}/{row}", str(caption), lambda row=row, cell=cell: cell(row))
+            yield Captioned(f"{path.name}/{row}", str(caption), partial(cell, path, row))
 
 
 def read_picture(item: Captioned, height: int, width: int, channels: int) -> np.ndarray:
@@ -188,16 +190,10 @@ class CaptionSamples(Dataset):
         )
 
 
-_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of the images in a pass over the data."""
-    key = (seed, epoch, count)
-    if key not in _ORDERS:
-        _ORDERS.clear()
-        _ORDERS[key] = keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
-    return _ORDERS[key]
+    return keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
 
 
 def identity(items: Sequence[Captioned]) -> str:

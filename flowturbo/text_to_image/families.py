@@ -126,7 +126,7 @@ def family_of(network: nn.Module) -> Family:
     return FAMILIES[name]
 
 
-def network_of(pipe: Any) -> nn.Module:
+def network_of(pipe: Any) -> Any:
     """The network that a pipeline samples with. Raises ValueError where it has none."""
     for name in ("transformer", "unet"):
         if isinstance(getattr(pipe, name, None), nn.Module):

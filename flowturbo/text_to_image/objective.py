@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowturbo.data.loader import Batch
 from flowturbo.networks.precision import autocast
-from flowturbo.text_to_image.families import Conditions, Family, family_of, velocity
+from flowturbo.text_to_image.families import Conditions, Family, velocity
 from flowturbo.transport import flow_matching_loss, predictor_times, refiner_loss, refiner_times
 from flowturbo.transport.grids import GRIDS
 
@@ -58,8 +58,10 @@ class VelocityMatching(CaptionObjective):
 
     def __call__(self, batch: Batch) -> Tensor:
         t = predictor_times(batch.draws.uniform[:, 0], self.time_distribution)
-        predictor = self.function(self.network, batch)
-        return flow_matching_loss(predictor, batch.images, self.conditions(batch), x0=batch.draws.noise, t=t)  # type: ignore[arg-type]
+        conditions: Any = self.conditions(batch)  # in the place of labels
+        return flow_matching_loss(
+            self.function(self.network, batch), batch.images, conditions, x0=batch.draws.noise, t=t
+        )
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,11 @@ class VelocityRefinement(CaptionObjective):
     def __call__(self, batch: Batch) -> Tensor:
         u, du = refiner_times(batch.draws.uniform[:, 0], batch.draws.uniform[:, 1], self.max_dt)
         t, end = (shifted(place, self.shift) for place in (u, u + du))
-        networks = (self.function(network, batch) for network in (self.network, self.teacher))
-        return refiner_loss(*networks, batch.images, self.conditions(batch), x0=batch.draws.noise, t=t, dt=end - t)  # type: ignore[arg-type]
+        refiner, teacher = (self.function(network, batch) for network in (self.network, self.teacher))
+        conditions: Any = self.conditions(batch)  # in the place of labels
+        return refiner_loss(refiner, teacher, batch.images, conditions, x0=batch.draws.noise, t=t, dt=end - t)
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
     """Times of a grid of equal distances u, after a model's shift of noise levels."""
     return GRIDS["shift"](u, shift)  # type: ignore[arg-type,return-value]
-
-
-def velocity_matching(network: nn.Module, dtype: torch.dtype, guidance: tuple[float, float]) -> VelocityMatching:
-    return VelocityMatching(network, family_of(network), dtype, guidance)

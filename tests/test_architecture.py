@@ -31,6 +31,7 @@ TORCH_FREE = (  # so that a command line is parsed before torch is imported
     *("configurations", "system.options", "system.cli", "system.advice", "system.files", "system.claims"),
     *("transport.blocks", "transport.grids", "transport.guidance", "transport.path", "transport.schedule"),
     *("transport.losses", "transport.spec", "data.options", "sampling.options", "sampling.solvers", "training.options"),
+    "text_to_image.options",
     "training.stopping",
 )
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}

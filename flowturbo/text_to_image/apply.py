@@ -72,9 +72,8 @@ def apply_flowturbo(
 
 def remove_flowturbo(pipe: Any) -> None:
     """Undo `apply_flowturbo`: the pipeline has the scheduler again that it had before. Without it nothing happens."""
-    registry = getattr(network_of(pipe), "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook(HOOK)
-    if hook is not None:
+    registry = HookRegistry.check_if_exists_or_initialize(network_of(pipe))
+    if hook := registry.get_hook(HOOK):
         registry.remove_hook(HOOK, recurse=False)
         if pipe.scheduler is hook.scheduler:
             pipe.scheduler = hook.before

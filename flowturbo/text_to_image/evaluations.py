@@ -20,6 +20,7 @@ import numpy as np
 
 from flowturbo.transport.blocks import Block, Stage, Step, integrate, plan, resolve
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 # Rests of a trajectory that begin inside a step, where no block of the schedule does.
 _FINISH = Block("finish", (Stage(0, 0),), 1)  # Euler's, to the end of the step
@@ -47,13 +48,15 @@ class Evaluation:
         return {*self.weights, *({self.seen, self.base} - {None})}  # type: ignore[arg-type]
 
 
-def evaluations(schedule: Schedule, times: Sequence[float], refiner_step: str = "single") -> tuple[Evaluation, ...]:
+def evaluations(
+    schedule: Schedule | Solver, times: Sequence[float], refiner_step: str = "single"
+) -> tuple[Evaluation, ...]:
     """The evaluations of a schedule of N blocks over N + 1 times. Raises ValueError as `blocks.plan`."""
     return _of_steps(schedule.plan(refiner_step, times))
 
 
 def from_evaluation(
-    schedule: Schedule, times: Sequence[float], start: int, refiner_step: str = "single"
+    schedule: Schedule | Solver, times: Sequence[float], start: int, refiner_step: str = "single"
 ) -> tuple[Evaluation, ...]:
     """The evaluations of a trajectory that begins where the evaluation `start` would stand.
 
@@ -61,15 +64,17 @@ def from_evaluation(
     left, at the same times; the state is a plain one, not a predicted one, and the schedule's blocks go on from it.
     Raises ValueError where a block that is left needs a velocity of the predictor before it.
     """
-    blocks = resolve(schedule.blocks, refiner_step)
-    steps = plan(blocks, times)
+    steps = schedule.plan(refiner_step, times)
     whole = _of_steps(steps)
     if start == 0:
         return whole
+    blocks = [] if isinstance(schedule, Solver) else resolve(schedule.blocks, refiner_step)
     expected = [evaluation.time for evaluation in whole[start:]]
     n, stage = [(n, k) for n, step in enumerate(steps) for k in range(len(step.times))][start]
     time = expected[0]
-    if stage == 0 and time == times[n]:  # at the beginning of a step
+    if not blocks:
+        found = _rest(expected, times[-1])
+    elif stage == 0 and time == times[n]:  # at the beginning of a step
         found = _of_steps(plan(blocks[n:], times[n:]))
     elif time == times[n + 1]:  # at the end of a step: a velocity for the blocks that follow is evaluated here
         found = _after_a_look(time, blocks[n + 1 :], times[n + 1 :])
@@ -119,7 +124,7 @@ def _of_steps(steps: Sequence[Step], at_hand: Sequence[float] = ()) -> tuple[Eva
         return unit[len(calls) - 1]
 
     x = origin
-    for state in integrate(steps, origin, velocity, refine, unit[: len(at_hand)]):
+    for state in integrate(steps, origin, velocity, refine, list(unit[: len(at_hand)])):
         x = state.x
     moves = np.diff([*points, x], axis=0)
     return tuple(

@@ -19,17 +19,20 @@ from flowturbo.text_to_image.families import network_of
 from flowturbo.text_to_image.options import TextSamplingOptions
 from flowturbo.text_to_image.pipelines import encode_prompts
 from flowturbo.text_to_image.refined import FlowRefiner
+from flowturbo.text_to_image.scheduler import blocks_or_solver
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 SOLVERS = ("Euler", "UniPC", "DPM++")  # of diffusers; of the two last the second order
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to sample: a schedule of blocks, or a solver of diffusers with its number of evaluations ("UniPC8")."""
+    """A way to sample: a schedule of blocks, a learned solver, or one of diffusers with its evaluations ("UniPC8")."""
 
     name: str
-    schedule: Schedule | None = None
+    schedule: Schedule | Solver | None = None
+    text: str = ""  # that names the schedule
     solver: str = ""
     count: int = 0
 
@@ -38,9 +41,9 @@ class Row:
         """Raises ValueError, with the grammar of schedules, for anything else."""
         if found := re.fullmatch(r"(euler|unipc|dpm\+\+)([1-9][0-9]{0,3})", text.strip(), re.IGNORECASE):
             solver = next(name for name in SOLVERS if name.lower() == found[1].lower())
-            return cls(f"{solver}{found[2]}", None, solver, int(found[2]))
-        schedule = Schedule.parse(text)
-        return cls(str(schedule), schedule)
+            return cls(f"{solver}{found[2]}", solver=solver, count=int(found[2]))
+        schedule = blocks_or_solver(text)
+        return cls(str(schedule), schedule, text)
 
     def evaluations(self, refiner_step: str = "single") -> tuple[int, int]:
         """(predictor, refiner) evaluations of one trajectory."""
@@ -97,7 +100,7 @@ class TextSampler:
             self.pipe.scheduler = solver_of_diffusers(self.row.solver, scheduler)
             return
         settings = {"velocity": self.options.velocity} if self.options.velocity else {}
-        apply_flowturbo(self.pipe, self.refiner, str(self.row.schedule), self.options.refiner_step, **settings)
+        apply_flowturbo(self.pipe, self.refiner, self.row.text, self.options.refiner_step, **settings)
 
     def _prompts(self, prompts: list[str]) -> dict[str, Any]:
         """The pipeline's arguments for prompts: texts, or embeddings where it has no text encoder of its own."""

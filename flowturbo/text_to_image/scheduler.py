@@ -13,10 +13,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.text_to_image.convention import VELOCITIES, flow_config
 from flowturbo.text_to_image.evaluations import Evaluation, evaluations, from_evaluation
 from flowturbo.transport.blocks import BLOCKS, check_refiner_step
 from flowturbo.transport.schedule import Schedule
+from flowturbo.transport.solver import Solver
 
 __all__ = ["FlowTurboScheduler", "SchedulerMixin"]
 
@@ -42,6 +44,9 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
 
     __module__ = "flowturbo"  # as a saved pipeline names it: ["flowturbo", "FlowTurboScheduler"]
     init_noise_sigma = 1.0
+    sigmas: Tensor
+    _step_index: Any
+    _begin_index: Any
 
     @register_to_config
     def __init__(
@@ -70,7 +75,7 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         solvers = [letter for letter, block in BLOCKS.items() if block.leads]
         if solver not in solvers:
             raise ValueError(f"solver {solver!r} is not one of {', '.join(solvers)}")
-        self.schedule = None if schedule is None else Schedule.parse(schedule)
+        self.schedule = None if schedule is None else blocks_or_solver(schedule)
         inherited = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         super().__init__(**{name: value for name, value in self.config.items() if name in inherited})
         self.trajectories = 0  # how many have been begun: who keeps something of one sees by it that it is over
@@ -137,7 +142,7 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
             )
         if timesteps is not None:
             self._grid = [*_resampled([t / self.config.num_train_timesteps for t in timesteps], len(schedule)), 0.0]
-        elif str(schedule.grid):
+        elif isinstance(schedule, Solver) or str(schedule.grid):
             self._grid = [1 - t for t in schedule.times()]
         else:
             places = [1 - k / len(schedule) for k in range(len(schedule))]
@@ -208,6 +213,14 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         sigma = (timesteps / self.config.num_train_timesteps).to(original_samples)
         sigma = sigma.reshape(-1, *[1] * (original_samples.ndim - 1))
         return sigma * noise + (1 - sigma) * original_samples
+
+
+def blocks_or_solver(text: str) -> Schedule | Solver:
+    """The schedule that a text names, or the learned solver. Raises ValueError for anything else."""
+    found = parse_sampler(text).schedule
+    if found is None:
+        raise ValueError(f"{text} is no schedule of blocks, nor a learned solver: a pipeline takes no other sampler")
+    return found
 
 
 def fitting(solver: str, count: int | None) -> Schedule:

@@ -11,7 +11,9 @@ from tiny import PARTS, ClosedForm, new_pipeline, new_transformer, noise_for, pr
 
 from flowturbo import FlowTurboScheduler, Schedule
 from flowturbo.networks.calls import CallCounter
+from flowturbo.sampling.solvers import LearnedSolver, write_solver
 from flowturbo.transport.blocks import BLOCKS, integrate
+from flowturbo.transport.solver import Solver
 
 SOLVERS = "".join(letter for letter, block in BLOCKS.items() if block.leads)
 SECOND_ORDER = SOLVERS.replace("E", "")
@@ -207,6 +209,22 @@ def test_the_shift_is_the_models():
         scheduler = FlowTurboScheduler.from_config(model.config, schedule="E4@power2")  # in its place
         scheduler.set_timesteps(4)
         assert scheduler.sigmas.tolist() == pytest.approx([1 - t for t in Schedule.parse("E4@power2").times()])
+
+
+def test_learned_solvers(tmp_path):
+    """On their own times, like the schedule that one is made of."""
+    solver = Solver.of("A4@power2")
+    file = tmp_path / "mine.json"
+    write_solver(file, LearnedSolver("mine", solver.grid, solver.coefficients))
+    latents = noise_for("SD3")
+    found = [run("SD3", turbo(new_pipeline("SD3"), schedule), latents, 4) for schedule in (str(file), "A4@power2")]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    scheduler = FlowTurboScheduler(schedule=str(file))
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)
+    assert [evaluation.time for evaluation in scheduler.trajectory] == pytest.approx([1 - 0.25, 1 - 0.5625])
+    with pytest.raises(ValueError, match="dopri5 is no schedule"):
+        FlowTurboScheduler(schedule="dopri5")
 
 
 def test_given_sigmas_and_timesteps():

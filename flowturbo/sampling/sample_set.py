@@ -6,7 +6,7 @@ Interrupted, the same call goes on; only what is missing is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -72,18 +72,24 @@ def make_sample_set(
         complete = ranks.agree(lambda: folder.is_complete(record))
         if network_options.compile and not complete:  # before the folder is there: it may not work on this machine
             sampler(0, range(options.per_proc_batch_size), [0] * options.per_proc_batch_size)
-        folder.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.folder) if ranks.is_main else nullcontext():
-            if ranks.is_main and options.png:
-                sample_set.warn_of_other_pictures()
-            if ranks.agree(lambda: folder.claim(record)):
-                say(f"already complete: {folder.archive}")
-                return Summary(folder.archive, folder.features, 0.0)
-            ms_per_image = sample_set.make()
-            ranks.barrier()
-            statistics = sample_set.merged_statistics() if extractor is not None else {}
-            say(ranks.agree(lambda: sample_set.finish(record, statistics)))
-            return Summary(folder.archive, folder.features, ms_per_image)
+        return carry_out(sample_set, record, say)
+
+
+def carry_out(sample_set: SampleSet, record: Mapping[str, Any], say: Callable[[str], object]) -> Summary:
+    """Make what is missing of a set, and its outputs. Raises OtherSettings where its folder has another record."""
+    folder, ranks = sample_set.folder, sample_set.ranks
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder.folder) if ranks.is_main else nullcontext():
+        if ranks.is_main and sample_set.options.png:
+            sample_set.warn_of_other_pictures()
+        if ranks.agree(lambda: folder.claim(record)):
+            say(f"already complete: {folder.archive}")
+            return Summary(folder.archive, folder.features, 0.0)
+        ms_per_image = sample_set.make()
+        ranks.barrier()
+        statistics = sample_set.merged_statistics() if sample_set.extractor is not None else {}
+        say(ranks.agree(lambda: sample_set.finish(record, statistics)))
+        return Summary(folder.archive, folder.features, ms_per_image)
 
 
 @contextmanager
@@ -139,7 +145,7 @@ class SampleSet:
 
     options: SetOptions
     seed: int
-    sampler: ImageSampler
+    sampler: Any  # (seed, numbers, conditions) -> uint8 images: an ImageSampler, or one of prompts
     extractor: Extractor | None
     folder: SampleFolder
     ranks: World
@@ -170,17 +176,25 @@ class SampleSet:
     def _sample(self, k: int) -> dict[str, np.ndarray]:
         """Images (n, H, W, C), labels and features of micro-batch k, on the host."""
         numbers = self.folder.numbers(k)
-        num_classes = self.sampler.networks.predictor.num_classes
-        classes = [class_of(self.seed, i, num_classes, self.options.labels) for i in numbers]
-        images = self.sampler(self.seed, numbers, classes)
+        labels = self.labels_of(numbers)
+        images = self.sampler(self.seed, numbers, self.conditions_of(labels))
         tensors: dict[str, Tensor] = {
             "images": images.permute(0, 2, 3, 1).contiguous(),
-            "labels": torch.tensor(classes),
+            "labels": torch.tensor(labels),
         }
         if self.extractor is not None:  # grey images become three equal channels
             features = self.extractor(images.expand(-1, 3, -1, -1))
             tensors |= {name: value for name, value in features._asdict().items() if value is not None}
         return {name: value.cpu().numpy() for name, value in tensors.items()}
+
+    def labels_of(self, numbers: Sequence[int]) -> list[int]:
+        """The label of each sample, as the archive has it."""
+        num_classes = self.sampler.networks.predictor.num_classes
+        return [class_of(self.seed, i, num_classes, self.options.labels) for i in numbers]
+
+    def conditions_of(self, labels: Sequence[int]) -> Sequence[Any]:
+        """What the sampler is given for labels."""
+        return labels
 
     def _is_done(self, k: int) -> bool:
         """Whether micro-batch k is there, and its pictures, if asked for, as they were written."""
@@ -225,7 +239,7 @@ class SampleSet:
             ranks.sum(sums.sums)
         return statistics
 
-    def finish(self, record: dict[str, Any], statistics: dict[str, GaussianStatistics]) -> str:
+    def finish(self, record: Mapping[str, Any], statistics: dict[str, GaussianStatistics]) -> str:
         """Write archive, preview and features from the micro-batches, then record that the run is complete.
 
         Returns what there is to say.

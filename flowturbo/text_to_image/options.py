@@ -73,8 +73,7 @@ class PromptOptions(_Group):
 
     def all_prompts(self) -> list[str]:
         """Those given and those in the file. Raises ValueError where there are none."""
-        lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if self.prompts_file else []
-        found = [*self.prompts, *(line.strip() for line in lines if line.strip())]
+        found = [*self.prompts, *(read_lines(self.prompts_file) if self.prompts_file else ())]
         if not found:
             raise ValueError("no prompts: expected one or more, or prompts_file")
         return found
@@ -83,6 +82,31 @@ class PromptOptions(_Group):
         super().__post_init__()
         if Path(self.out).suffix.lower() != ".png":
             raise ValueError(f"out {self.out!r} must end in .png")
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that hold something. Raises ValueError for one that is not UTF-8, and OSError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path!r} is no text in UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+@dataclass(frozen=True)
+class CaptionSetOptions(_Group):
+    """The captions of a set of samples for evaluation."""
+
+    prompts: str = option(help="one prompt a line; sample i takes line i, and again from the first", metavar="FILE")
+
+    def read(self) -> tuple[str, ...]:
+        """The prompts. Raises ValueError for a file without any."""
+        found = tuple(
+            line.strip() for line in Path(self.prompts).read_text(encoding="utf-8").splitlines() if line.strip()
+        )
+        if not found:
+            raise ValueError(f"{self.prompts!r} holds no prompts: expected one a line")
+        return found
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,15 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
     return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def fingerprint(pipe: Any) -> str:
-    """A sha256 over what encodes: the weights of autoencoder and text encoders, by a few numbers of each tensor."""
+def fingerprint(parts: Any, network: bool = False) -> str:
+    """A sha256 over the weights of a pipeline's autoencoder and text encoders, and of its `network` if asked for, or
+    over those of one module; by the first numbers of each tensor, since pipelines have billions."""
     digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module) and part is not network_of(pipe):
-            for key, value in part.state_dict().items():
-                few = value.flatten()[:8].float().tolist()
-                digest.update(f"{name}.{key}{tuple(value.shape)}{few}".encode())
+    modules = {"": parts} if isinstance(parts, torch.nn.Module) else parts.components
+    for name, part in sorted(modules.items()):
+        if not isinstance(part, torch.nn.Module) or (part is not parts and part is network_of(parts) and not network):
+            continue
+        for key, value in part.state_dict().items():
+            few = value.flatten()[:8].float().tolist()
+            digest.update(f"{name}.{key}{tuple(value.shape)}{few}".encode())
     return digest.hexdigest()

@@ -11,7 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from tiny import PARTS, new_transformer
 
+import sample_ddp_feature
 import text_to_image
+from flowturbo.sampling.sample_folder import read_archive
 from flowturbo.system import cli
 from flowturbo.text_to_image import FlowRefiner, minilm
 from flowturbo.text_to_image.options import TextSamplingOptions
@@ -117,6 +119,28 @@ def test_an_image_depends_on_its_number_alone(pipeline):
     alone = torch.cat([sampler(5, [k], prompts[k : k + 1]) for k in range(3)])
     assert (together.int() - alone.int()).abs().max() <= 1  # batches sum in another order
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def test_a_set_of_captions_for_evaluation(pipeline, tmp_path):
+    """Image i depends on (seed, i) and its caption alone; an archive as evaluator.py reads it, gone on with."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("one\ntwo\n\nthree\n")
+
+    def sample(tag, count, batch):
+        return sample_ddp_feature.main([
+            "--pipeline", str(pipeline), "--prompts", str(captions), "--schedule", "A2",
+            "--num-fid-samples", str(count),
+            "--per-proc-batch-size", str(batch), "--height", "8", "--width", "8", "--sample-dir", str(tmp_path),
+            "--tag", tag, "--guidance-scale", "2", "--features", "pixels", "--device", "cpu",
+        ])  # fmt: skip
+
+    made = sample("five", 5, 2)
+    images = read_archive(made.archive)
+    assert images.shape == (5, 8, 8, 1)
+    assert sample("five", 5, 2).ms_per_image == 0  # complete already
+    assert (read_archive(sample("four", 4, 2).archive) == images[:4]).all()
+    with pytest.raises(ValueError, match="num_fid_samples"):
+        sample("five", 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from flowturbo.data.options import BACKGROUND_HELP, parse_background
 from flowturbo.system import cli
 from flowturbo.system.files import atomic_write, check_writable
 from flowturbo.system.options import option, seed
+from flowturbo.system.values import plain
 
 USUAL_COUNT = 50_000
 LABELS = ("random", "balanced")
@@ -214,7 +215,7 @@ def benchmark(argv: Sequence[str]) -> None:
 def tell(notes: Sequence[str], warnings: Sequence[str]) -> None:
     """Print what a user should know before the result, on stderr."""
     for text in [f"note: {note}" for note in notes] + [f"warning: {warning}" for warning in warnings]:
-        print(text, file=sys.stderr)
+        print(plain(text), file=sys.stderr)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"stats": stats, "benchmark": benchmark}

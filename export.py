@@ -7,13 +7,15 @@ Usage:
   python sample.py --refiner-ckpt refiner.safetensors
 
 The weights are the averaged (EMA) ones. The card, refiner.md, holds the config, the training settings and how to use
-the file. Absolute paths in the settings are reduced to their last part.
+the file. Paths in the settings are reduced to their last part.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowturbo.system import cli
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.new_parser(__doc__)
     parser.prog = prog or parser.prog
     (options,) = cli.parse(parser, argv, {"what to export": Options})
-    check_writable(options.out)
+    for path in (options.out, Path(options.out).with_suffix(".md")):
+        check_writable(path)
 
     import torch
 
@@ -54,20 +57,35 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from flowturbo.weights.export import export_weights, push, write_card
 
     checkpoint, dtype = resolve(options.run), pick_precision(options.dtype, torch.device("cpu"))
-    info = export_weights(checkpoint, options.out, dtype)
+    info = export_weights(checkpoint, options.out, dtype, says_nothing())
     card = write_card(info, dtype, usage(info))
     print(f"{checkpoint} -> {info.path} ({info.path.stat().st_size:,} bytes), {card}")
     if options.push_to_hub:
         print(f"uploaded to {push(info.path, card, options.push_to_hub, options.private)}")
 
 
+def says_nothing() -> dict[str, set[str]]:
+    """The settings that say nothing of an exported network, by its class: of its size, which its config has, of files
+    and of another target."""
+    from flowturbo.training.options import OutputOptions, PredictorOptions, RefinerOptions
+
+    sizes = {each.name for each in fields(PredictorOptions) if not each.metadata.get("shapes")}
+    times = {each.name for each in fields(PredictorOptions)} - {"path_type"}
+    output = {each.name for each in fields(OutputOptions)}
+    return {
+        "SiT": sizes | output | {each.name for each in fields(RefinerOptions)},
+        "VelocityRefiner": times | output,
+    }
+
+
 def usage(info: CheckpointInfo) -> str:
     """The command that samples with an exported file."""
-    command = f"python sample.py --predictor-ckpt {info.path.name} --schedule H8"
-    if info.model["class"] == "VelocityRefiner":
-        command = f"python sample.py --predictor-ckpt PREDICTOR --refiner-ckpt {info.path.name} --schedule H1P5R3"
+    name = shlex.quote(info.path.name)
+    command = f"python sample.py --predictor-ckpt {name} --schedule H8"
+    if info.kind == "VelocityRefiner":
+        command = f"python sample.py --predictor-ckpt PREDICTOR --refiner-ckpt {name} --schedule H1P5R3"
     vae = info.training.get("vae_ckpt")
-    return f"{command} --vae-ckpt {vae}" if vae else command
+    return f"{command} --vae-ckpt {shlex.quote(vae)}" if isinstance(vae, str) and vae else command
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_made_for(spec, files.predictor, sampling.guidance, sampling.strict, cli.warn)
     networks = load_networks(network_options, files)
     classes = pick_classes(options, networks.predictor.num_classes, networks.class_names)
-    settings = sampling.settings(networks.path_type or "linear")
+    settings = sampling.settings(networks.path_type, networks.refiner_step)
     # All are built first: a mistake in the last shows before the first is sampled.
     samplers = [ImageSampler(networks, spec, settings, network_options.compile) for spec in specs]
     if len(samplers) > 1:  # so that no row's time contains the device's start-up or a compilation

@@ -3,6 +3,7 @@
 Usage:
   torchrun --nnodes=1 --nproc_per_node=1 train.py --data-path DIR --model-teacher-ckpt predictor.pt
   python train.py --target predictor --data-path DIR --model SiT-B/2      # one process needs no torchrun
+  python train.py --recipe endpoint --schedule M4R1 --refiner-step midpoint --model-teacher-ckpt FILE   # no images
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from flowturbo.system.distributed import world
-    from flowturbo.training.build import load_frozen, new_model, notes_on, open_data
+    from flowturbo.training.build import described, load_frozen, new_model, notes_on, open_data
     from flowturbo.training.log import RunLog
     from flowturbo.training.objective import make_objective
     from flowturbo.training.resume import begin
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = open_data(options, frozen)
         model = new_model(options, frozen, data).to(ranks.device)
         run = begin(options, ranks, frozen, model, data)
-        objective = make_objective(options, frozen, model)
+        objective = make_objective(options, frozen, model, data)
         loader = run.loader(data, objective)
         first, total = run.state.step, run.optimisation.steps
         with (
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             RunLog(run.folder if ranks.is_main else None, total, first) as log,
         ):
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            log.say(f"{options.target}: {trained:,} parameters, {len(data):,} images in {len(data.classes)} classes")
+            log.say(f"{options.target}: {trained:,} parameters, {described(data)}")
             for note in notes_on(data):
                 log.say(f"note: {note}")
             log.say(f"{ranks.size} x {ranks.device}, {frozen.dtype}, steps {first} to {total}, writing to {run.folder}")

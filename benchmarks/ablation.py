@@ -26,7 +26,8 @@ from benchmarks.variants import (
     reference,
 )
 from flowturbo.models import run_block
-from flowturbo.networks.compiled import StaticGraphs, block_step
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.patches import block_step
 from flowturbo.networks.precision import quantize
 from flowturbo.transport import FlowTurbo
 

@@ -30,7 +30,15 @@ BELOW = {  # what each room may import, besides itself
 TORCH_FREE = (  # so that a command line is parsed before torch is imported
     *("configurations", "system.options", "system.cli", "system.advice", "system.files", "system.claims"),
     *("transport.blocks", "transport.grids", "transport.guidance", "transport.path", "transport.schedule"),
-    *("transport.losses", "transport.spec", "data.options", "sampling.options", "sampling.solvers", "training.options"),
+    *(
+        "transport.losses",
+        "transport.spec",
+        "data.options",
+        "sampling.options",
+        "sampling.edit_options",
+        "sampling.solvers",
+        "training.options",
+    ),
     "text_to_image.options",
     "training.stopping",
 )

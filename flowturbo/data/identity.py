@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flowturbo.data.images import DEPTH, ORIENTATION, TRANSPARENCY, check_file, in_threads
-from flowturbo.system.claims import shown
 from flowturbo.system.files import sha256
+from flowturbo.system.values import shown
 
 if TYPE_CHECKING:
     from flowturbo.data.folders import TrainingData

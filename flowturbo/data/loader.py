@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 class Batch(NamedTuple):
     """Training samples, one in each row."""
 
-    images: Tensor  # (N, C, H, W) uint8, or the moments (N, 2C, h, w) float16 of cached latents
+    images: Tensor  # (N, C, H, W) uint8, the moments (N, 2C, h, w) float16 of cached latents, or trajectories
     labels: Tensor  # (N,) int64
     numbers: Tensor  # (N,) int64: the sample numbers
     draws: Any  # what the objective has drawn for them: a named tuple of tensors with N rows

@@ -35,6 +35,13 @@ def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
+def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], milliseconds: int = 200) -> None:
+    """Write pictures of one size as a moving one that repeats, whole or not at all; the last stays for a second."""
+    shown = [milliseconds] * (len(frames) - 1) + [max(1000, milliseconds)]
+    with atomic_write(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0)
+
+
 def grid(rows: Sequence[Tensor], captions: Sequence[str] = (), *, least_side: int = 32) -> Image.Image:
     """Rows of uint8 images, each (N, C, H, W), as one RGB picture; captions, if any, stand above their rows.
 

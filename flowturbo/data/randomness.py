@@ -19,7 +19,9 @@ class Stream(IntEnum):
 
     NOISE = 0  # sampling, by sample: the state at t = 0
     SDE = 1  # sampling, by sample: the noise of step k is stream SDE + k
+    EDIT = 2**62  # editing, by result: the noise of pass k > 0 is stream EDIT + k
     LABEL = 2**63  # sampling, by sample: its class
+    TRAJECTORY = 2**63 + 1  # training, by trajectory of the predictor: its class and noise, in this order
 
     TRAINING = 0  # training, by sample: flip, times, label drop, noise, in this order
     ORDER = 1  # training, by pass over the data: the order of the images

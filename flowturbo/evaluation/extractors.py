@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flowturbo.evaluation.precision import full_precision
 from flowturbo.system.files import sha256
 from flowturbo.weights.cache import find_asset, is_offline, locate
+from flowturbo.weights.checkpoint import load_checkpoint
 from flowturbo.weights.fetch import fetch
 from flowturbo.weights.registry import ASSETS
 
@@ -117,7 +118,7 @@ class DINOv2Extractor:
     """DINOv2 ViT-L/14 class tokens (N, 1024) through timm: 224 px bicubic antialiased, ImageNet mean and std.
 
     The features of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675). Weights: a file that timm reads, else
-    timm's download. Raises MissingExtractorWeights when they cannot be had.
+    timm's download. Raises MissingExtractorWeights when they cannot be had, ValueError for a file that is damaged.
     """
 
     def __init__(self, weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu") -> None:
@@ -125,6 +126,8 @@ class DINOv2Extractor:
             os.environ["HF_HUB_OFFLINE"] = "1"  # timm's network; read where huggingface_hub is imported
         import timm
 
+        if weights is not None:
+            load_checkpoint(weights)  # timm unpickles the file: it is looked through before
         source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights)}}
         try:
             self._network: Any = timm.create_model(DINOV2_MODEL, pretrained=True, num_classes=0, img_size=224, **source)

@@ -17,6 +17,9 @@ from flowturbo.evaluation.extractors import INCEPTION_IDENTITY, Extractor
 from flowturbo.evaluation.sources import Archive
 from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
 from flowturbo.system.files import atomic_write
+from flowturbo.system.values import plain, shown
+
+LONGEST_NAME = 500  # characters of the texts in a feature file
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ class FeatureSet:
         """
         archive = Archive(path)
         if "mu" not in archive or "sigma" not in archive:
-            raise ValueError(f"{path}: no mu and sigma; it holds {', '.join(archive.names) or 'nothing'}")
+            raise ValueError(f"{path}: no mu and sigma; it holds {archive.listed}")
         statistics = _read_gaussian(archive, "")
         pool = _read_features(archive, "pool", len(statistics.mean))
         logits = _read_features(archive, "logits", None)
         count = archive.read("count") if "count" in archive else None
         if count is not None and (count.shape != () or count.dtype.kind not in "iu" or count < 2):
-            raise ValueError(f"{path}: count is {count!r}, expected a number of at least 2")
+            raise ValueError(f"{path}: count is {shown(count)}, expected a number of at least 2")
         rows = [len(each) for each in (pool, logits) if each is not None] + ([] if count is None else [int(count)])
         if len(set(rows)) > 1:
             raise ValueError(f"{path}: pool, logits and count speak of {rows} images, expected one number")
@@ -189,5 +192,5 @@ def _read_text(archive: Archive, name: str) -> str | None:
         return None
     array = archive.read(name)
     if array.dtype.kind != "U" or array.shape != () or not str(array):
-        raise ValueError(f"{archive.path}: {name} is {array!r}, expected text")
-    return str(array)
+        raise ValueError(f"{archive.path}: {name} is {shown(array)}, expected text")
+    return plain(str(array), LONGEST_NAME)

@@ -7,13 +7,14 @@ from typing import Any
 
 from flowturbo.evaluation.comparison import Measurement
 from flowturbo.evaluation.features import FeatureSet
+from flowturbo.system.values import plain
 
 
 def table(reference: FeatureSet, samples: FeatureSet, measured: Mapping[str, Measurement]) -> str:
     """Both sides, the extractor, and one line per metric."""
     lines = []
     for side, features in (("reference", reference), ("samples", samples)):
-        parts = [features.source, f"N = {features.count or 'not recorded'}"]
+        parts = [plain(features.source), f"N = {features.count or 'not recorded'}"]
         if features.pool is not None and len(features.pool) != features.count:
             parts.append(f"{len(features.pool)} images for precision, recall and KID")
         if features is samples:

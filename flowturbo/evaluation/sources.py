@@ -21,8 +21,10 @@ import numpy as np
 from flowturbo.data.images import MAX_PIXELS, in_threads, read_image
 from flowturbo.data.options import parse_background
 from flowturbo.data.walk import walk
+from flowturbo.system.values import plain
 
 DEFLATE_LIMIT = 1032  # deflate cannot shrink data further, so an announced size beyond it is a lie
+PACKED_LIMIT, FREE = 100, 1 << 28  # images shrink less; up to so many bytes anything may
 
 
 class UnevenImages(ValueError):
@@ -111,9 +113,15 @@ class Archive:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file")
+            raise ValueError(f"{self.path}: {'it is no file' if self.path.exists() else 'no such file'}")
         with self._reading("file"), zipfile.ZipFile(self.path) as archive:
-            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            members = archive.infolist()
+            self._members = {info.filename.removesuffix(".npy"): info for info in members}
+            packed, whole = self.path.stat().st_size, sum(info.file_size for info in members)
+            if whole > max(FREE, PACKED_LIMIT * packed):
+                raise ValueError(
+                    f"{whole:,} bytes packed into {packed:,}, expected at most {PACKED_LIMIT} times as many"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -122,6 +130,11 @@ class Archive:
     def names(self) -> list[str]:
         """The names of the arrays."""
         return sorted(self._members)
+
+    @property
+    def listed(self) -> str:
+        """The names as a short text."""
+        return plain(", ".join(self.names), 200) or "nothing"
 
     def header(self, name: str) -> Header:
         """Shape and dtype of an array, after checking that the announced size is the stored one."""
@@ -148,7 +161,7 @@ class Archive:
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[Header, IO[bytes]]]:
         if name not in self._members:
-            raise ValueError(f"{self.path}: no array {name}; it holds {', '.join(self.names) or 'nothing'}")
+            raise ValueError(f"{self.path}: no array {name}; it holds {self.listed}")
         info = self._members[name]
         with self._reading(name), zipfile.ZipFile(self.path) as archive, archive.open(info) as stream:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowturbo.system.claims import read_record
+from flowturbo.system.files import check_file
+from flowturbo.system.values import shown, typed
 from flowturbo.weights.cache import MissingWeights, is_offline, locate
+from flowturbo.weights.pickles import check_pickles
 
+MOST_LAYERS = 64  # in a block of an autoencoder; Stable Diffusion's have 2
 ALIASES = {
     "vae-ema": "stabilityai/sd-vae-ft-ema",
     "vae-mse": "stabilityai/sd-vae-ft-mse",
@@ -30,6 +38,10 @@ class Autoencoder(nn.Module):
         self.network = network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.scale = float(network.config.scaling_factor)
         self.shift = float(getattr(network.config, "shift_factor", None) or 0.0)
+        if not (0 < self.scale < math.inf and math.isfinite(self.shift)):
+            raise ValueError(
+                f"scaling_factor {self.scale} and shift_factor {self.shift}: expected numbers, the first > 0"
+            )
         self.channels = int(network.config.latent_channels)
         self.factor = 2 ** (len(network.config.block_out_channels) - 1)
 
@@ -104,16 +116,34 @@ def load_autoencoder(
         )
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, line by line, say no more than below
     try:
+        if local:
+            _check_folder(Path(source))
         network = AutoencoderKL.from_pretrained(
             source, torch_dtype=dtype, low_cpu_mem_usage=False, local_files_only=is_offline()
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        autoencoder = Autoencoder(network)
+    except Exception as error:  # diffusers takes a config as it is, and fails as that happens to
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"cannot load autoencoder {source}: {reason}") from None
+        if not isinstance(error, (OSError, ValueError, RuntimeError, KeyError)):
+            raise
         raise MissingWeights(
             {"vae_ckpt": name},
             f"autoencoder {source} is not in the hub's local cache and could not be fetched; a local one is the folder "
             "of an AutoencoderKL with config.json and weights",
         ) from None
-    return Autoencoder(network).to(device)
+    return autoencoder.to(device)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError for what would be waited for, built or read without end: pipes, deep networks, pickles."""
+    files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")]
+    for path in files:
+        check_file(path)
+        if path.suffix == ".bin":
+            check_pickles(str(path), zipfile.is_zipfile(path))
+    config = read_record(folder / "config.json") or {}
+    layers = typed(config.get("layers_per_block", 1), int, "its layers_per_block")
+    if not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"its layers_per_block is {shown(layers)}, expected 1 to {MOST_LAYERS}")

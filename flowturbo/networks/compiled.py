@@ -12,36 +12,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from flowturbo.models import RunBlock, SiT, run_block
-from flowturbo.transport.blocks import Block, State, Step, take_step
-from flowturbo.transport.branches import Branches, Guided
+from flowturbo.networks.patches import PatchNetwork, Place, block_step
+from flowturbo.transport.blocks import Block, State, Step
+from flowturbo.transport.editing import Known, Source
 from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import FlowTurbo
-
-
-class PatchNetwork(Protocol):
-    """What a network offers to be compiled, as SiT and VelocityRefiner do."""
-
-    blocks: Any
-
-    @property
-    def null_class(self) -> int: ...
-
-    def to_patches(self, images: Tensor) -> Tensor: ...
-
-    def to_images(self, patches: Tensor) -> Tensor: ...
-
-    def modulations(self, t: Tensor, labels: Tensor) -> Tensor: ...
-
-    def embed(self, *patches: Tensor) -> Tensor: ...
-
-    def transform(self, tokens: Tensor, modulations: Tensor, run: RunBlock) -> Tensor: ...
 
 
 class StaticGraphs:
@@ -67,47 +49,57 @@ class StaticGraphs:
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
         self._numbers: dict[torch.device, Numbers] = {}
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
         self._tensors(z.device)
         if not (z.is_cuda and self.recording):
-            return self._sample(z, y)
-        key = (z.shape, z.dtype, z.device)
+            return self._sample(z, y, source)
+        known = source.tensors() if source is not None else {}
+        inputs = (z, y, *known.values())
+        key = (z.shape, z.dtype, z.device, *known, source and source.ramp)
+
+        def sample(z: Tensor, y: Tensor, *known: Tensor) -> Tensor:
+            return self._sample(z, y, source and source.with_tensors(known))
+
         with torch.cuda.device(z.device):
             if key not in self.recordings:
-                self.recordings[key] = record(self._sample, (z, y))
-            return self.recordings[key](z, y)
+                self.recordings[key] = record(sample, inputs)
+            return self.recordings[key](*inputs)
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, as images."""
         to_images = self.sampler.predictor.to_images  # type: ignore[attr-defined]
-        for x, velocities in self._steps(z, y):
+        for x, velocities in self._steps(z, y, source):
             yield State(to_images(x), tuple(map(to_images, velocities)))
 
-    def _sample(self, z: Tensor, y: Tensor) -> Tensor:
-        for state in self._steps(z, y):
+    def _sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
+        for state in self._steps(z, y, source):
             final = state.x
         latents = self.networks["predictor"].to_images(final)
         return latents if self.sampler.decode is None else self.sampler.decode(latents)
 
-    def _steps(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def _steps(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, in patches."""
         numbers = self._tensors(z.device)
         guidance = self.sampler.guidance
-        conditioning = {name: self._conditioning(name, y) for name in self.networks}
+        labels = y if source is None else source.all_labels(y)
+        conditioning = {name: self._conditioning(name, labels) for name in self.networks}
         state = State(self.networks["predictor"].to_patches(z), ())
-        remembers = guidance.every > 1
-        differences: Sequence[Tensor] | None = [torch.zeros_like(state.x) for _ in range(2)] if remembers else None
+        asked = state.x.new_zeros(len(labels), *state.x.shape[1:])  # of the shape that the network is asked for
+        differences: Sequence[Tensor] | None = [asked, asked.clone()] if guidance.every > 1 else None
+        # A velocity's rows: the network's, and in an edit above them those that move the state.
+        width = len(labels) * (1 + (guidance.scale != 1)) + (0 if source is None else len(y))
         for step, instants, rows in zip(self.sampler.steps, numbers.instants, numbers.weights, strict=True):
             handed = [state.velocities[k] for k in step.takes]
             at = []
             for stage, instant in zip(step.block.stages, instants):
                 given = conditioning[stage.network][instant.t]
-                at.append(instant._replace(t=given if instant.null else given[: len(y)]))
+                known = None if source is None else self._known(source, instant.t)
+                at.append(Place(instant._replace(t=given if instant.null else given[: len(labels)]), known))
             # A block gets the networks that it evaluates: its graph does not depend on whether there are others.
             names = sorted({stage.network for stage in step.block.stages})
             used = {name: (self.networks[name], self.run[name]) for name in names}
-            handed = self._padded(handed, len(rows[-1]) - len(at), state.x)
+            handed = padded(handed, len(rows[-1]) - len(at), state.x, width)
             with graph_limits(), compiler_errors():
                 x, new, differences = self.step(
                     step.block, used, guidance.channels, state.x, handed, at, rows, numbers.scale, differences
@@ -116,13 +108,11 @@ class StaticGraphs:
             state = State(x, tuple(at_hand[k] for k in step.keeps))
             yield state
 
-    def _padded(self, handed: list[Tensor], count: int, x: Tensor) -> list[Tensor]:
-        """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all."""
-        if len(handed) == count:
-            return handed
-        rows = len(handed[0]) if handed else len(x) * (1 + (self.sampler.guidance.scale != 1))
-        # Each a tensor of its own: a graph is made for inputs that are the same or not.
-        return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
+    def _known(self, source: Source, t: float) -> Known:
+        """What an edit knows at time t, in patches."""
+        x, u, m, difference = source.at(self.sampler.path, t)
+        to_patches = self.networks["predictor"].to_patches
+        return Known(to_patches(x), to_patches(u), None if m is None else to_patches(m), difference)
 
     def _tensors(self, device: torch.device) -> Numbers:
         """The trajectory's numbers on a device, made once: a recording keeps reading them."""
@@ -168,6 +158,16 @@ class Numbers(NamedTuple):
     scale: Tensor
 
 
+def padded(handed: list[Tensor], count: int, x: Tensor, width: int) -> list[Tensor]:
+    """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all.
+
+    `width`: the rows of a velocity where none is there.
+    """
+    rows = len(handed[0]) if handed else width
+    # Each a tensor of its own: a graph is made for inputs that are the same or not.
+    return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
+
+
 def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
     """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
     widest: dict[Block, Step] = {}
@@ -181,46 +181,6 @@ def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
         rows = zip(most.weights, step.weights)
         padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
     return padded
-
-
-def block_step(
-    block: Block,
-    networks: dict[str, tuple[PatchNetwork, RunBlock]],
-    channels: int | str,
-    x: Tensor,
-    handed: list[Tensor],
-    instants: list[Instant],
-    weights: list[list[Tensor | None]],
-    scale: Tensor,
-    differences: Sequence[Tensor] | None,
-) -> tuple[Tensor, list[Tensor], Sequence[Tensor] | None]:
-    """One step on states in patches (N, T, p*p, C): the function that is compiled.
-
-    `networks` are those that the block evaluates, and how the blocks of each are run. `instants` have the conditioning
-    in place of the time: N rows, or with the null branch one more. `differences` as in Guided; the last are returned.
-    """
-    branches = {name: patch_branches(*network) for name, network in networks.items()}
-    guided = Guided(branches, scale, channels, -1, differences)
-    x, new = take_step(block, weights, instants, x, handed, guided.velocity, guided.refine)
-    return x, new, guided.differences
-
-
-def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:
-    """The branches of a network in the space of patches, its conditioning in place of the time."""
-
-    def branches(x: Tensor, t: Tensor, *velocities: Tensor, null: bool) -> Tensor:
-        conditioning, rows = t, len(x)
-        if not null:
-            return network.transform(network.embed(x, *velocities), conditioning, run).contiguous()
-        conditioning = torch.cat([conditioning[:rows], conditioning[rows:].expand(rows, *conditioning.shape[1:])])
-        if velocities:
-            tokens = network.embed(torch.cat([x, x]), *velocities)
-        else:  # both branches start from one state: it is embedded once
-            tokens = network.embed(x)
-            tokens = torch.cat([tokens, tokens])
-        return network.transform(tokens, conditioning, run)
-
-    return branches
 
 
 @torch.compiler.nested_compile_region

@@ -1,1 +1,22 @@
-"""From seed, numbers and conditions to uint8 images."""
+"""From seed, numbers and conditions to uint8 images; from images and what is wanted of them to others.
+
+Names load when they are first used: options need no torch.
+"""
+
+# ruff: noqa: F401
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowturbo.sampling.edit_options import EditOptions
+    from flowturbo.sampling.editing import edit
+
+_HOMES = {"EditOptions": "edit_options", "edit": "editing"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from flowturbo.data.randomness import Stream, keyed_noise
 from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder, load_autoencoder
 from flowturbo.networks.compiled import StaticGraphs
-from flowturbo.networks.load import load_network, load_with_info
+from flowturbo.networks.load import load_with_info
 from flowturbo.networks.precision import cast, pick_precision, quantize
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.options import NetworkOptions
@@ -54,8 +54,8 @@ def find_files(options: NetworkOptions, refiner: bool) -> Files:
 class Networks:
     """What sampling computes with, on one device.
 
-    `path_type`: the path that the predictor was trained on, `class_names`: what its classes are called; None where
-    that is not known.
+    `path_type`: the path that the predictor was trained on, `class_names`: what its classes are called,
+    `refiner_step`: the form of the R block that the refiner was trained for; None where that is not known.
     """
 
     predictor: SiT
@@ -64,9 +64,15 @@ class Networks:
     device: torch.device
     path_type: str | None = None
     class_names: ClassNames | None = None
+    refiner_step: str | None = None
 
     def __post_init__(self) -> None:
         check_match(self.predictor, self.refiner, self.autoencoder)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images that are made, in pixels."""
+        return self.predictor.input_shape[-1] * self.autoencoder.factor
 
 
 def load_networks(
@@ -80,13 +86,15 @@ def load_networks(
     device = device or pick_device(options.device)
     dtype = pick_precision(options.precision, device)
     predictor, info = load_with_info(SiT, files.predictor)
+    refiner, of_refiner = (None, None) if files.refiner is None else load_with_info(VelocityRefiner, files.refiner)
     networks = Networks(
         predictor,
-        None if files.refiner is None else load_network(VelocityRefiner, files.refiner),
+        refiner,
         load_autoencoder_of(predictor, options.vae_ckpt, device, dtype),
         device,
         info.path_type,
         ClassNames.from_config(info.config, predictor.num_classes),
+        None if of_refiner is None else of_refiner.refiner_step,
     )
     for network in (networks.predictor, networks.refiner):
         if network is not None:
@@ -134,12 +142,22 @@ def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Au
         raise ValueError(f"vae_ckpt 'none' is for models of 1 or 3 channels, this predictor has {channels}")
 
 
+def check_settings(networks: Networks, settings: SamplerSettings) -> None:
+    """Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own."""
+    if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    if networks.path_type not in (None, settings.path_type):
+        raise ValueError(
+            f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
+        )
+
+
 class ImageSampler:
     """Makes uint8 images of sample numbers and classes: what is drawn for a sample depends on (seed, number) alone.
 
     With `compile` everything from noise to bytes is one graph where the device records graphs, decoding included.
     Without `decode` it makes latents.
-    Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own.
+    Raises ValueError as `check_settings`.
     """
 
     def __init__(
@@ -150,12 +168,7 @@ class ImageSampler:
         compile: bool = False,
         decode: bool = True,
     ):
-        if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
-            raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
-        if networks.path_type not in (None, settings.path_type):
-            raise ValueError(
-                f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
-            )
+        check_settings(networks, settings)
         self.networks, self.spec = networks, SamplerSpec.parse(spec)
         self.sampler = self.spec.build(
             networks.predictor,

@@ -47,8 +47,8 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """What shapes a trajectory, besides its schedule. Raises ValueError for impossible values."""
+class GuidanceOptions:
+    """How far, on which channels, when and how often to guide. Raises ValueError for impossible values."""
 
     cfg_scale: float = option(4.0, "guidance; 1 is none, at half the cost")
     cfg_channels: str = option("3", "guide the first so many channels, or all; 3 as published for SiT")
@@ -59,10 +59,32 @@ class SamplingOptions:
         "scale of about 2",
         metavar="K",
     )
-    refiner_step: str = option(
-        "released",
-        "R blocks as in the published code, consistent with the training, or with a single evaluation: single after P, "
-        "midpoint after M, adams after A",
+
+    def __post_init__(self) -> None:
+        if self.cfg_channels != "all" and not re.fullmatch("[0-9]{1,9}", self.cfg_channels):
+            raise ValueError(f"cfg_channels {self.cfg_channels!r} must be 'all' or a number")
+        _ = self.guidance  # refuses what is impossible
+
+    @property
+    def guidance(self) -> Guidance:
+        """As the mathematics takes it."""
+        channels = self.cfg_channels if self.cfg_channels == "all" else int(self.cfg_channels)
+        return Guidance(self.cfg_scale, channels, self.cfg_interval, self.cfg_every)
+
+
+REFINER_STEP_HELP = (
+    "R blocks as in the published code, consistent with the training, or with a single evaluation: single after P, "
+    "midpoint after M, adams after A"
+)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(GuidanceOptions):
+    """What shapes a trajectory, besides its schedule. Raises ValueError for impossible values."""
+
+    refiner_step: str | None = option(
+        None,
+        f"{REFINER_STEP_HELP} (default: what the refiner was trained for, if its checkpoint says so, or released)",
         choices=REFINER_STEPS,
     )
     path_type: str | None = option(
@@ -77,20 +99,18 @@ class SamplingOptions:
     strict: bool = option(False, "refuse a solver that was made for another model or guidance, in place of a warning")
 
     def __post_init__(self) -> None:
-        if self.cfg_channels != "all" and not re.fullmatch("[0-9]{1,9}", self.cfg_channels):
-            raise ValueError(f"cfg_channels {self.cfg_channels!r} must be 'all' or a number")
-        self.settings("linear")
+        super().__post_init__()
+        self.settings()
 
-    @property
-    def guidance(self) -> Guidance:
-        """How far, on which channels and when to guide."""
-        channels = self.cfg_channels if self.cfg_channels == "all" else int(self.cfg_channels)
-        return Guidance(self.cfg_scale, channels, self.cfg_interval, self.cfg_every)
-
-    def settings(self, path_type: str) -> SamplerSettings:
-        """What a SamplerSpec is built with, on the path that the predictor was trained on."""
+    def settings(self, path_type: str | None = None, refiner_step: str | None = None) -> SamplerSettings:
+        """What a SamplerSpec is built with; the arguments are what the checkpoints say of how they were trained."""
         return SamplerSettings(
-            self.guidance, self.refiner_step, self.path_type or path_type, self.atol, self.rtol, self.diffusion
+            self.guidance,
+            self.refiner_step or refiner_step or "released",
+            self.path_type or path_type or "linear",
+            self.atol,
+            self.rtol,
+            self.diffusion,
         )
 
 
@@ -114,7 +134,7 @@ class SetOptions:
     png: bool = option(False, "also a folder of PNGs")
     features: str | None = option(
         None,
-        "also extract features on the fly: inception, pixels, dinov2 or a TorchScript file",
+        "also extract features on the fly: inception, pixels, dinov2 or a TorchScript file, which is a program",
         metavar="EXTRACTOR",
     )
     features_weights: str | None = option(None, "local weights of inception or dinov2", metavar="FILE")

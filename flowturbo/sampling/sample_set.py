@@ -64,7 +64,7 @@ def make_sample_set(
         extractor = (
             load_extractor(options.features, ranks.device, options.features_weights) if options.features else None
         )
-        settings = sampling.settings(networks.path_type or "linear")
+        settings = sampling.settings(networks.path_type, networks.refiner_step)
         sampler = ImageSampler(networks, spec, settings, network_options.compile)
         folder = SampleFolder(options.folder(sampling), options.num_fid_samples, options.per_proc_batch_size)
         sample_set = SampleSet(options, sampling.seed, sampler, extractor, folder, ranks)
@@ -113,15 +113,18 @@ def record_of(
     """Everything that the bytes of the output depend on, as JSON types."""
     networks = sample_set.sampler.networks
     device, schedule = networks.device, sample_set.sampler.spec.schedule
+    settings = sampling.settings(networks.path_type, networks.refiner_step)
     return {
         **{name: getattr(options, name) for name in ("num_fid_samples", "per_proc_batch_size", "labels", "png")},
         **{name: getattr(network_options, name) for name in ("quantize", "compile")},
-        **{name: getattr(sampling, name) for name in ("cfg_scale", "cfg_channels", "refiner_step", "atol", "rtol")},
-        **{name: getattr(sampling, name) for name in ("diffusion", "seed")},
-        "path_type": sampling.settings(networks.path_type or "linear").path_type,
+        **{
+            name: getattr(sampling, name) for name in ("cfg_scale", "cfg_channels", "atol", "rtol", "diffusion", "seed")
+        },
+        **{name: getattr(settings, name) for name in ("refiner_step", "path_type")},
         "schedule": str(sample_set.sampler),
         "solver": [*schedule.grid, *chain(*schedule.coefficients)] if isinstance(schedule, LearnedSolver) else None,
         "cfg_interval": list(sampling.cfg_interval),
+        "cfg_every": sampling.cfg_every if sampling.cfg_every > 1 else None,  # 1 as in older sets
         "predictor_sha256": sha256(files.predictor),
         "refiner_sha256": None if files.refiner is None else sha256(files.refiner),
         "autoencoder_sha256": networks.autoencoder.fingerprint(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowturbo.system.files import atomic_write
+from flowturbo.system.files import atomic_write, check_file
+from flowturbo.system.values import plain, shown
 
 
 class OtherSettings(ValueError):
@@ -25,6 +25,7 @@ def write_record(path: str | os.PathLike[str], content: Mapping[str, Any]) -> No
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file. Raises ValueError naming one that is damaged."""
     try:
+        check_file(path)
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
@@ -39,16 +40,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterab
     """What two settings differ in, as texts; of `names`, by default all. A setting that is missing counts as off."""
     names = sorted(before.keys() | now.keys()) if names is None else names
     pairs = ((name, before.get(name), now.get(name)) for name in names)
-    return [f"{name} {shown(a)}, not {shown(b)}" for name, a, b in pairs if a != b and (a or b)]
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict = 2, 80, 80, 4, 4
-
-
-def shown(value: object) -> str:
-    """A value from a file as a short text, however long or deeply nested it is."""
-    return _SHORT.repr(value)
+    return [f"{plain(name, 80)} {shown(a)}, not {shown(b)}" for name, a, b in pairs if a != b and (a or b)]
 
 
 def check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from flowturbo.system.advice import advice_for
 from flowturbo.system.options import add_flags, read_flags
+from flowturbo.system.values import plain
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # what run_script tells in one line
 SPELLING = "Every flag may be spelled with - or _."
@@ -88,6 +90,7 @@ def run_script(main: Callable[[], object]) -> None:
     anything else is a defect of ours and keeps its traceback. Interrupting exits with 130.
     FLOWTURBO_TRACEBACK=1 shows the traceback of every error.
     """
+    print_anything()
     try:
         main()
     except Exception as error:
@@ -102,6 +105,13 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         _exit(130)
+
+
+def print_anything() -> None:
+    """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:
@@ -142,10 +152,13 @@ def _exit(code: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; of one that crossed from a loader's worker, only what it said."""
+    """The message of an error on one line, without control characters, which may come from a file's name or content.
+
+    Of an error that crossed from a loader's worker, only what it said.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     if "Original Traceback" in str(error):  # torch's DataLoader pastes the worker's traceback into the message
-        return lines[-1].split(": ", 1)[-1]
-    return " ".join(lines)
+        return plain(lines[-1].split(": ", 1)[-1])
+    return plain(" ".join(lines))

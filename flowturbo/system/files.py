@@ -19,10 +19,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Makes the folder. Raises OSError naming the path where it cannot be written; what was there before stays.
     """
     path = Path(path)
+    _check_place(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder, so that replacing is atomic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process of the same number, or a link that was planted
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,15 +42,29 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for something that is there and no file: a pipe would be waited for, a device never ends."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)!r} is no file")
+
+
+def _check_place(path: Path) -> None:
+    """Raises OSError where a file would take the place of something else: of a folder, or a device like /dev/null."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"cannot write {os.fspath(path)!r}: it is {'a folder' if path.is_dir() else 'no regular file'}")
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Make the folder of an output file. Raises OSError naming a path that takes none: before the work, not after."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write {os.fspath(path)!r}: {error.strerror}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OSError(f"cannot write {os.fspath(path)!r}: {'it is a folder' if path.is_dir() else 'no permission'}")
+    if os.path.isfile(path) and not os.access(path, os.W_OK):
+        raise OSError(f"cannot write {os.fspath(path)!r}: no permission")
+    with suppress(_Enough), atomic_write(path):  # permissions and disks have too many ways to say no
+        raise _Enough
+
+
+class _Enough(Exception):
+    """Ends a write that was only to be tried."""
 
 
 class InUse(ValueError):
@@ -81,14 +97,20 @@ def locked(
         yield
 
 
-def _open_lock(path: str | os.PathLike[str]) -> IO[str]:
+def open_own(path: str | os.PathLike[str], append: bool = True) -> IO[bytes]:
+    """Open a file to write to it, made if need be. Raises OSError for a link, which would have another file changed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the reader of a pipe
+    return open(path, "ab" if append else "wb", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
+def _open_lock(path: str | os.PathLike[str]) -> IO[bytes]:
     try:
-        return open(path, "w")
+        return open_own(path)
     except OSError as error:
         raise OSError(f"cannot lock {os.fspath(path)!r}: {error.strerror}") from error
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[bytes]) -> bool:
     """Whether the file is locked now. Raises OSError on a disk without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,8 @@
         device: str = option("auto", "auto, cuda, cuda:K or cpu")
 
 `add_flags` gives a parser a flag for every field, `read_flags` makes the dataclass from what was parsed. A dataclass
-checks its values in __post_init__ and raises ValueError in terms of the fields.
+checks its values in __post_init__ and raises ValueError in terms of the fields; a Group does so by what its fields
+declare.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
 
 Options = TypeVar("Options")
 
@@ -36,6 +38,32 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{text} must lie in 0 to 2^64 - 1")
     return value
+
+
+class Range(NamedTuple):
+    """The values that a number may have."""
+
+    contains: Callable[[float], bool]  # False for nan
+    text: str
+
+
+AT_LEAST_0 = Range(lambda value: value >= 0, "be at least 0")
+AT_LEAST_1 = Range(lambda value: value >= 1, "be at least 1")
+POSITIVE = Range(lambda value: value > 0, "be positive")
+PART = Range(lambda value: 0 <= value < 1, "lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Checks its values by what their fields declare. Raises ValueError for impossible ones."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, choices, within = (getattr(self, each.name), *map(each.metadata.get, ("choices", "within")))
+            if value is not None and choices and value not in choices:
+                raise ValueError(f"{each.name} {value!r} must be one of {', '.join(map(str, choices))}")
+            if value is not None and within and not within.contains(value):
+                raise ValueError(f"{each.name} {value} must {within.text}")
 
 
 def flag_of(name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from flowturbo.data.loader import Batch
 from flowturbo.networks.precision import autocast
+from flowturbo.system.distributed import World
 from flowturbo.text_to_image.families import Conditions, Family, velocity
+from flowturbo.training.log import RunLog
+from flowturbo.training.stopping import StopRequest
 from flowturbo.transport import flow_matching_loss, predictor_times, refiner_loss, refiner_times
 from flowturbo.transport.grids import GRIDS
 
@@ -27,6 +31,14 @@ class CaptionObjective:
     family: Family
     dtype: torch.dtype
     guidance: tuple[float, float]
+
+    prepares = False  # everything is encoded already
+
+    def prepare(self, folder: Path, ranks: World, stop: StopRequest, log: RunLog) -> bool:
+        return True
+
+    def figures(self, ema: nn.Module) -> Mapping[str, float]:
+        return {}
 
     def conditions(self, batch: Batch) -> Conditions:
         """A prompt's embeddings by name."""

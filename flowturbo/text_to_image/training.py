@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flowturbo.data.loader import Batch
 from flowturbo.networks.precision import pick_precision
 from flowturbo.system.claims import differences, write_record
 from flowturbo.system.distributed import World, world
@@ -29,6 +28,7 @@ from flowturbo.training.run import AnyRun
 from flowturbo.training.step import State
 from flowturbo.training.stopping import StopRequest
 
+CaptionLoss = VelocityMatching | VelocityRefinement
 NETWORK = "network"  # the folder, in a run's, of what it has trained
 
 
@@ -74,7 +74,7 @@ def begin(options: TextTrainingOptions, ranks: World, network: nn.Module, data: 
 
 def objective_for(
     options: TextTrainingOptions, network: nn.Module, teacher: nn.Module, shift: float, dtype: torch.dtype
-) -> Callable[[Batch], Tensor]:
+) -> CaptionLoss:
     """What the run minimises."""
     shared: dict[str, Any] = {
         "network": network,
@@ -113,7 +113,7 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         return run.folder, _fit(run, samples, objective, stop)
 
 
-def _fit(run: CaptionRun, samples: CaptionSamples, objective: Callable[[Batch], Tensor], stop: StopRequest) -> bool:
+def _fit(run: CaptionRun, samples: CaptionSamples, objective: CaptionLoss, stop: StopRequest) -> bool:
     ranks, first = run.ranks, run.state.step
     with (
         exclusive(run.folder, patience=20) if ranks.is_main else nullcontext(),

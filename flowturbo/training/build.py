@@ -18,6 +18,7 @@ from flowturbo.networks.precision import cast, pick_precision
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import load_autoencoder_of
 from flowturbo.training.options import TrainingOptions
+from flowturbo.training.trajectories import Trajectories
 from flowturbo.weights.checkpoint import resolve
 
 
@@ -54,6 +55,9 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     Raises ValueError where they do not fit the model.
     """
     given, autoencoder, teacher = options.data, frozen.autoencoder, frozen.teacher
+    if options.by_end_points:
+        return _trajectories(options, frozen)
+    assert given.data_path is not None
     size, num_classes, channels = given.image_size, options.predictor.num_classes, options.predictor.channels
     if teacher is not None:
         channels, height, width = teacher.input_shape
@@ -73,11 +77,31 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
 
 
+def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajectories:
+    """What recipe endpoint trains on. Raises ValueError for guidance of a predictor without a null class."""
+    assert frozen.teacher is not None
+    if frozen.teacher.class_dropout_prob <= 0 and options.guidance.cfg_scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
+    count, seed = settings.pop("trajectories"), options.optimisation.seed
+    data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    if options.data.data_path is not None:
+        data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
+    return data
+
+
+def described(data: TrainingData) -> str:
+    """How much data there is, in words."""
+    if isinstance(data, Trajectories):
+        return f"{len(data):,} trajectories of the predictor"
+    return f"{len(data):,} images in {len(data.classes)} classes"
+
+
 def notes_on(data: TrainingData) -> list[str]:
     """What there is to say of data: entries that were passed over, and folders taken for classes by their order."""
     whole = data.data if isinstance(data, Subset) else data
     notes = [describe(whole.skipped)] if isinstance(whole, ClassFolder) else []
-    if isinstance(whole, (ClassFolder, LatentFolder)):
+    if isinstance(whole, (ClassFolder, LatentFolder, Trajectories)):
         notes.append(whole.note)
     return [note for note in notes if note]
 

@@ -6,14 +6,16 @@ from that. Another one has other draws, or leaves the images alone: loader and u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch
 from flowturbo.data.pictures import from_uint8
 from flowturbo.data.randomness import Stream, keyed_generator
@@ -21,22 +23,45 @@ from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
 from flowturbo.networks.compiled import static_graph
 from flowturbo.networks.precision import autocast
+from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.endpoint import EndpointMatching
+from flowturbo.training.log import RunLog
 from flowturbo.training.options import TrainingOptions
-from flowturbo.transport import PATHS, Path, flow_matching_loss, predictor_times, refiner_loss, refiner_times
+from flowturbo.training.stopping import StopRequest
+from flowturbo.training.trajectories import Trajectories
+from flowturbo.transport import PATHS, FlowTurbo, Path, flow_matching_loss, predictor_times, refiner_loss, refiner_times
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """What is minimised over the samples of a run."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss of each sample (N,), with gradients for the network that is trained."""
+        ...
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` does anything, which may take a while."""
+        ...
+
+    def prepare(self, folder: FilePath, ranks: World, stop: StopRequest, log: RunLog) -> bool:
+        """Make in the run's folder what has to be there before the first step; False where a stop came before its
+        end, and what is finished stays."""
+        ...
+
+    def figures(self, ema: nn.Module) -> Mapping[str, float]:
+        """What to log of the averaged weights, besides the loss."""
+        ...
+
+
+class Objective(Loss, Protocol):
+    """A loss that says what its samples are drawn."""
 
     @property
     def draw(self) -> Callable[[Sequence[int]], Any]:
         """Called with sample numbers, in the loader's workers: a named tuple of tensors with a row for each. It comes
         back as `Batch.draws`. It can be pickled, and holds nothing that lies on a device."""
-        ...
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """The loss of each sample (N,), with gradients for the network that is trained."""
         ...
 
 
@@ -86,6 +111,7 @@ class LatentObjective:
     autoencoder: Autoencoder | NoAutoencoder
     dtype: torch.dtype
     class_dropout: float | None
+    prepares = False
 
     def latents(self, batch: Batch) -> Tensor:
         """x1 (N, C, h, w), drawn from the moments of the batch's images."""
@@ -98,6 +124,14 @@ class LatentObjective:
     def drop(self, batch: Batch) -> Tensor | None:
         """Whether each label becomes null, (N,)."""
         return None if self.class_dropout is None else batch.draws.u_drop < self.class_dropout
+
+    def prepare(self, folder: FilePath, ranks: World, stop: StopRequest, log: RunLog) -> bool:
+        """Nothing is needed but the data."""
+        return True
+
+    def figures(self, ema: nn.Module) -> Mapping[str, float]:
+        """Nothing but the loss."""
+        return {}
 
     def trained(self, x: Tensor, *inputs: Tensor | None) -> Tensor:
         """The model's output."""
@@ -138,9 +172,17 @@ class VelocityRefinement(LatentObjective):
         return refiner_loss(self.trained, self.teacher, x1, batch.labels, **shared)
 
 
-def make_objective(options: TrainingOptions, frozen: FrozenNetworks, model: SiT) -> Objective:
-    """The objective of a run, for the network that it trains."""
+def make_objective(
+    options: TrainingOptions, frozen: FrozenNetworks, model: SiT, data: TrainingData | None = None
+) -> Objective:
+    """The objective of a run, for the network that it trains; recipe endpoint needs its data, the others do not."""
     graph = static_graph if options.hardware.compile else lambda network: network
+    if isinstance(data, Trajectories):
+        assert frozen.teacher is not None
+        teacher, refiner, guidance = graph(frozen.teacher), options.refiner, options.guidance.guidance
+        sampler = FlowTurbo(teacher, graph(model), refiner.schedule, guidance, refiner.refiner_step)
+        reference = FlowTurbo(teacher, None, refiner.reference, replace(guidance, every=1))
+        return EndpointMatching(sampler, reference, data, frozen.dtype)
     shared: dict[str, Any] = {
         "model": graph(model),
         "draw": KeyedDraws(options.optimisation.seed, model.input_shape, frozen.autoencoder.channels is not None),

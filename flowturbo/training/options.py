@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from flowturbo.configurations import PRECISIONS, SIT_CONFIGS
 from flowturbo.data.options import BACKGROUND_HELP, parse_background
-from flowturbo.sampling.options import DEVICE_HELP
-from flowturbo.system.options import option, seed
-from flowturbo.transport.guidance import Guidance
-from flowturbo.transport.losses import MAX_DT, RECIPES, TIME_DISTRIBUTIONS
+from flowturbo.sampling.options import DEVICE_HELP, GuidanceOptions
+from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, PART, POSITIVE, Group, Range, option, seed
+from flowturbo.training.recipe import ENDPOINT, ENDPOINT_DEFAULTS, RefinerOptions
+from flowturbo.transport.losses import TIME_DISTRIBUTIONS
 from flowturbo.transport.path import PATHS
 
 # What differs between the targets; the refiner's are the paper's (section 4.1), the predictor's SiT's.
@@ -27,44 +26,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 LR_SCHEDULES = ("constant", "cosine")
 
 
-class Range(NamedTuple):
-    """The values that a number may have."""
-
-    contains: Callable[[float], bool]  # False for nan
-    text: str
-
-
-AT_LEAST_0 = Range(lambda value: value >= 0, "be at least 0")
-AT_LEAST_1 = Range(lambda value: value >= 1, "be at least 1")
-POSITIVE = Range(lambda value: value > 0, "be positive")
-PART = Range(lambda value: 0 <= value < 1, "lie in [0, 1)")
-
-
 @dataclass(frozen=True)
-class _Group:
-    """Checks its values by what their fields declare. Raises ValueError for impossible ones."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value, choices, within = (getattr(self, each.name), *map(each.metadata.get, ("choices", "within")))
-            if value is not None and choices and value not in choices:
-                raise ValueError(f"{each.name} {value!r} must be one of {', '.join(map(str, choices))}")
-            if value is not None and within and not within.contains(value):
-                raise ValueError(f"{each.name} {value} must {within.text}")
-
-
-@dataclass(frozen=True)
-class Target(_Group):
+class Target(Group):
     """What is trained."""
 
     target: str = option("refiner", "which network to train", choices=tuple(DEFAULTS), shapes=True)
 
 
 @dataclass(frozen=True)
-class DataOptions(_Group):
+class DataOptions(Group):
     """What is trained on."""
 
-    data_path: str = option(help="one folder of images per class, or a folder of cached latents", metavar="DIR")
+    data_path: str | None = option(
+        None,
+        "one folder of images per class, or a folder of cached latents; recipe endpoint needs none",
+        metavar="DIR",
+    )
     class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON", shapes=True)
     subset: float = option(
         1.0, "train on this share of every class", within=Range(lambda value: 0 < value <= 1, "lie in (0, 1]")
@@ -89,23 +66,7 @@ class DataOptions(_Group):
 
 
 @dataclass(frozen=True)
-class RefinerOptions(_Group):
-    """How a refiner is trained."""
-
-    model_teacher_ckpt: str | None = option(
-        None, "the trained predictor that is refined: a checkpoint or a run", metavar="FILE"
-    )
-    recipe: str = option("paper", "the paper's loss or the released code's", choices=RECIPES, shapes=True)
-    max_dt: float = option(
-        MAX_DT,
-        "upper end of the time offset Δ",
-        within=Range(lambda value: 0 < value < 1, "lie in (0, 1)"),
-        shapes=True,
-    )
-
-
-@dataclass(frozen=True)
-class PredictorOptions(_Group):
+class PredictorOptions(Group):
     """Which predictor is trained, and how. What is None is the named size's."""
 
     model: str = option("SiT-XL/2", "named size", choices=tuple(SIT_CONFIGS))
@@ -131,21 +92,23 @@ class PredictorOptions(_Group):
 
 
 @dataclass(frozen=True)
-class Optimisation(_Group):
+class Optimisation(Group):
     """How the weights are updated, how often, and from which randomness.
 
     None for what differs between the targets stands for the target's own: TrainingOptions fills it in.
     """
 
     global_batch_size: int = option(
-        None, "over all ranks (default: refiner 18, predictor 256)", within=AT_LEAST_1, shapes=True
+        None, "over all ranks (default: refiner 18, recipe endpoint 64, predictor 256)", within=AT_LEAST_1, shapes=True
     )
-    steps: int = option(None, "updates (default: refiner 30000, predictor 400000)", within=AT_LEAST_1)
+    steps: int = option(
+        None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1
+    )
     max_hours: float | None = option(None, "stop cleanly, with a checkpoint, after so many hours", within=POSITIVE)
     epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)
     lr: float = option(
         None,
-        "(default: refiner 5e-5, predictor 1e-4)",
+        "(default: refiner 5e-5, recipe endpoint 1e-3, predictor 1e-4)",
         within=Range(lambda value: 0 < value < math.inf, "be positive and finite"),
         shapes=True,
     )
@@ -199,7 +162,7 @@ def lr_factor(step: int, total: int, warmup: int = 0, schedule: str = "constant"
 
 
 @dataclass(frozen=True)
-class HardwareOptions(_Group):
+class HardwareOptions(Group):
     """What computes, and how."""
 
     device: str = option("auto", f"{DEVICE_HELP}; under torchrun each rank takes its own")
@@ -210,7 +173,7 @@ class HardwareOptions(_Group):
 
 
 @dataclass(frozen=True)
-class OutputOptions(_Group):
+class OutputOptions(Group):
     """What a run leaves, where and how often, and from where it goes on."""
 
     results_dir: str = option("results", "each run makes a folder here")
@@ -220,7 +183,6 @@ class OutputOptions(_Group):
     keep_last: int = option(0, "keep the newest K checkpoints; 0 for all", metavar="K", within=AT_LEAST_0)
     keep_every: int = option(0, "keep also those of every M-th step", metavar="M", within=AT_LEAST_0)
     sample_every: int = option(10_000, "steps between sample grids; 0 for none", within=AT_LEAST_0)
-    cfg_scale: float = option(4.0, "guidance of the sample grids")
     resume: str | None = option(
         None,
         "continue from this checkpoint or run; 'auto' takes the newest whole one of this target and note, if any",
@@ -232,7 +194,6 @@ class OutputOptions(_Group):
         super().__post_init__()
         if "/" in self.note or self.note.startswith("."):
             raise ValueError(f"note {self.note!r} must be a word for a folder name")
-        Guidance(self.cfg_scale)  # refuses impossible scales now rather than at the first sample grid
 
 
 @dataclass(frozen=True)
@@ -246,9 +207,12 @@ class TrainingOptions:
     optimisation: Optimisation = Optimisation()
     hardware: HardwareOptions = HardwareOptions()
     output: OutputOptions = OutputOptions()
+    guidance: GuidanceOptions = GuidanceOptions()  # of recipe endpoint's trajectories, and of the sample grids
 
     def __post_init__(self) -> None:
         Target(self.target)
+        if self.data.data_path is None and not self.by_end_points:
+            raise ValueError(f"target {self.target} needs data_path, the images; only recipe endpoint does without")
         if self.target == "refiner":
             if not self.refiner.model_teacher_ckpt:
                 raise ValueError("target refiner needs model_teacher_ckpt, the trained predictor")
@@ -256,31 +220,44 @@ class TrainingOptions:
                 raise ValueError("target refiner works on the linear path: expected path_type linear")
             if self.predictor.time_distribution != "uniform":
                 raise ValueError("target refiner draws its times by its recipe: expected time_distribution uniform")
-        own = {name: value for name, value in DEFAULTS[self.target].items() if getattr(self.optimisation, name) is None}
+        defaults = ENDPOINT_DEFAULTS if self.by_end_points else DEFAULTS[self.target]
+        own = {name: value for name, value in defaults.items() if getattr(self.optimisation, name) is None}
         if self.optimisation.epochs is not None:
             own.pop("steps", None)
         object.__setattr__(self, "optimisation", replace(self.optimisation, **own))
 
     @property
-    def groups(self) -> tuple[_Group, ...]:
+    def by_end_points(self) -> bool:
+        """Whether a refiner is trained on trajectories of its predictor, without images."""
+        return self.target == "refiner" and self.refiner.recipe == ENDPOINT
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
         """The groups that have a field each."""
-        return (self.data, self.refiner, self.predictor, self.optimisation, self.hardware, self.output)
+        return (self.data, self.refiner, self.predictor, self.optimisation, self.hardware, self.output, self.guidance)
 
     def settings(self) -> dict[str, Any]:
         """All fields of all groups, by name; JSON types. What a checkpoint's config holds as "training"."""
         flat = {name: value for group in self.groups for name, value in asdict(group).items()}
-        return {"target": self.target, **flat}
+        return {"target": self.target, **flat, "cfg_interval": list(self.guidance.cfg_interval)}
+
+    def trajectory_settings(self) -> dict[str, Any]:
+        """The settings that shape recipe endpoint's trajectories, besides the seed and the predictor."""
+        named = ("schedule", "refiner_step", "trajectories", "reference", *asdict(self.guidance))
+        return {name: value for name, value in self.settings().items() if name in named}
 
     def shaping(self) -> dict[str, Any]:
         """The settings that shape the run, with their defaults; its length too where the learning rate follows it."""
         declared = [each for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
         shaping = {each.name: each.default for each in declared}
+        if self.by_end_points:
+            shaping |= dict.fromkeys(self.trajectory_settings())
         if self.optimisation.lr_schedule != "constant":
             shaping |= dict.fromkeys(["epochs"] if self.optimisation.epochs is not None else ["epochs", "steps"])
         return shaping
 
 
-KINDS: dict[str, type[_Group]] = {  # by their titles in the help
+KINDS: dict[str, type] = {  # by their titles in the help
     "what to train": Target,
     "data": DataOptions,
     "refiner": RefinerOptions,
@@ -288,4 +265,5 @@ KINDS: dict[str, type[_Group]] = {  # by their titles in the help
     "optimisation": Optimisation,
     "hardware": HardwareOptions,
     "output": OutputOptions,
+    "guidance of recipe endpoint and of sample grids": GuidanceOptions,
 }

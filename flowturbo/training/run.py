@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowturbo.data.folders import TrainingData
@@ -21,13 +20,14 @@ from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.log import RunLog
-from flowturbo.training.objective import Objective
+from flowturbo.training.objective import Loss, Objective
 from flowturbo.training.options import Optimisation, OutputOptions, TrainingOptions
 from flowturbo.training.step import State, Update, update
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.spec import SamplerSettings
 from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
+from flowturbo.weights.info import without_folders
 
 
 @dataclass
@@ -59,15 +59,19 @@ class AnyRun:
             exact=self.optimisation.exact,
         )
 
-    def fit(
-        self, batches: Iterable[Batch], objective: Callable[[Batch], Tensor], stop: StopRequest, log: RunLog
-    ) -> None:
+    def fit(self, batches: Iterable[Batch], objective: Loss, stop: StopRequest, log: RunLog) -> None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
         state, output, main = self.state, self.output, self.ranks.is_main
+        if self.is_done:
+            return
+        if objective.prepares and main and state.step == 0:
+            self.save()  # by which a run that is stopped or killed while it prepares is found again
+        if not objective.prepare(self.folder, self.ranks, stop, log):
+            return
         before: Update | None = None
         for batch in batches:
             told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
@@ -81,7 +85,8 @@ class AnyRun:
                 stopping |= told.stop
             before = told
             if logs or stopping:
-                log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm)
+                figures = objective.figures(state.ema) if main else {}
+                log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm, **figures)
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
             if stopping:
@@ -90,11 +95,14 @@ class AnyRun:
                 save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
 
     def save(self) -> Path:
-        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path."""
+        """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
+
+        Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
+        """
         output = self.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
-        checkpoints.record(path, self.state.save(path, self.record))
+        checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
 
     def picture(self) -> Image.Image:
@@ -115,7 +123,7 @@ class Run(AnyRun):
         return self.loader_of(samples, self.options.data.num_workers)
 
     def picture(self) -> Image.Image:
-        """Eight classes from the same noise: Heun's H8, and with a refiner also FlowTurbo's H1P5R3.
+        """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.
 
         The networks are as users sample with them: the EMA's blocks and the autoencoder in the run's precision, in
         copies.
@@ -130,10 +138,10 @@ class Run(AnyRun):
             frozen.device,
         )
         count, has_null = networks.predictor.num_classes, networks.predictor.class_dropout_prob > 0
-        guidance = Guidance(self.options.output.cfg_scale if has_null else 1.0)
-        settings = SamplerSettings(guidance, path_type=self.options.predictor.path_type)
+        guidance = self.options.guidance.guidance if has_null else Guidance(1.0)
+        settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
         classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
-        names = ["H8"] if teacher is None else ["H8", "H1P5R3"]
+        names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
         samplers = [ImageSampler(networks, name, settings) for name in names]
         rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  cfg {guidance.scale:g}" for name in names])
+        return grid(rows, [f"{name}  {guidance}" for name in names])

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowturbo.transport.grids import Grid
     from flowturbo.transport.guidance import Guidance
-    from flowturbo.transport.losses import flow_matching_loss, predictor_times, refiner_loss, refiner_times
+    from flowturbo.transport.losses import (
+        endpoint_loss,
+        flow_matching_loss,
+        predictor_times,
+        refiner_loss,
+        refiner_times,
+    )
     from flowturbo.transport.path import PATHS, Path
     from flowturbo.transport.samplers import FlowTurbo, ODESampler, Sampler, SDESampler
     from flowturbo.transport.schedule import Schedule
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Grid": "grids",
     "Guidance": "guidance",
+    "endpoint_loss": "losses",
     "flow_matching_loss": "losses",
     "predictor_times": "losses",
     "refiner_loss": "losses",

@@ -274,15 +274,15 @@ class State(NamedTuple):
 
 
 def integrate(
-    steps: Sequence[Step], x: Any, velocity: Velocity, refine: Refine | None = None, at_hand: Sequence[Any] = ()
+    steps: Sequence[Step], x: Any, velocity: Velocity, refine: Refine | None = None, velocities: Sequence[Any] = ()
 ) -> Iterator[State]:
-    """Yield the State after each step of a plan, which was made for the velocities `at_hand`.
+    """Yield the State after each step of a plan; or of the rest of one, from x and the velocities at hand there.
 
     Raises ValueError where refiner blocks have no `refine`.
     """
     if refine is None and any(step.block.evaluations("refiner") for step in steps):
         raise ValueError("the schedule has R blocks: they need a refiner")
-    state = State(x, tuple(at_hand))
+    state = State(x, tuple(velocities))
     for step in steps:
         handed = [state.velocities[k] for k in step.takes]
         x, new = take_step(step.block, step.weights, step.times, state.x, handed, velocity, refine)

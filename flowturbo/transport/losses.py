@@ -73,6 +73,14 @@ def refiner_loss(
     return _mean_square(v_next - (refiner(x_next, t + dt, v_t, y, drop) + v_t))
 
 
+def endpoint_loss(end: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance (N,) of the ends of trajectories from those of a finer solution from the same noise.
+
+    Both (N, C, H, W). The root of its mean over samples is the end-point RMSE.
+    """
+    return _mean_square(end - target)
+
+
 def predictor_times(u_t: Tensor, distribution: str = "uniform") -> Tensor:
     """Times (N,) in [0, 1] from uniform draws u_t (N,) in [0, 1), by the distribution's inverse.
 

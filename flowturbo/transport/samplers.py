@@ -6,6 +6,7 @@ ODE solver dopri5 and the Euler-Maruyama SDE. All share `sample(z, y)`, and `dec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -13,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flowturbo.transport.blocks import State, integrate
+from flowturbo.transport.blocks import State, Step, integrate
 from flowturbo.transport.branches import Guided, Network, label_branches
+from flowturbo.transport.editing import Edited, Source
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS, Path
 from flowturbo.transport.schedule import Schedule
@@ -25,13 +27,16 @@ Decode = Callable[[Tensor], Tensor]
 
 
 class Engine(Protocol):
-    """How a FlowTurbo evaluates its steps: `Eager` here, static graphs in flowturbo.networks.compiled."""
+    """How a FlowTurbo evaluates its steps: `Eager` here, static graphs in flowturbo.networks.compiled.
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    With a `source` it edits: y are the labels of what is generated.
+    """
+
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """The latents at the end, or what the sampler's `decode` makes of them."""
         ...
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, its tensors shaped as images."""
         ...
 
@@ -64,8 +69,9 @@ class FlowTurbo:
             raise ValueError(f"schedule {self.schedule} has R blocks: they need a refiner")
         self.predictor, self.refiner, self.refiner_step = predictor, refiner, refiner_step
         self.guidance = cfg_scale if isinstance(cfg_scale, Guidance) else Guidance(cfg_scale)
-        self.decode = decode
-        self.engine = (engine or Eager)(self)
+        self.path, self.decode = path, decode
+        self._engine_of = engine or Eager
+        self.engine = self._engine_of(self)
 
     def __str__(self) -> str:
         return str(self.schedule)
@@ -77,6 +83,13 @@ class FlowTurbo:
     def rows(self) -> tuple[int, int]:
         """(predictor, refiner) rows that it evaluates for one image: guidance needs two where both branches are."""
         return self.guidance.rows(self.steps)
+
+    def over(self, start: float, end: float) -> FlowTurbo:
+        """The same sampler along another part of time, in either direction: (1, 0) inverts, from images to noise."""
+        other = copy.copy(self)
+        other.steps = self.schedule.plan(self.refiner_step, self.schedule.times(start, end))
+        other.engine = other._engine_of(other)
+        return other
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
@@ -93,6 +106,35 @@ class FlowTurbo:
         check_batch(z, y, self.predictor)
         yield from self.engine.trajectory(z, y)
 
+    def going_on(self, state: State, y: Tensor, first: int = 0) -> Iterator[State]:
+        """The State after each step from number `first` on, of trajectories that the steps before have brought here.
+
+        Not decoded, without the engine, and with gradients. Where guidance is at some evaluations only, the first of
+        the predictor's must be one that has its null branch.
+        """
+        networks = guided(self.guidance, y, self.predictor, self.refiner)
+        return integrate(self.guided_steps()[first:], state.x, networks.velocity, networks.refine, state.velocities)
+
+    @torch.no_grad()
+    def edit(self, y: Tensor, source: Source) -> Tensor:
+        """As `sample`, an edit of a known image: from where it is on its path when the first step starts."""
+        return self.engine.sample(self._start(y, source), y, source)
+
+    @torch.no_grad()
+    def edit_trajectory(self, y: Tensor, source: Source) -> Iterator[State]:
+        """As `trajectory`, of an edit."""
+        yield from self.engine.trajectory(self._start(y, source), y, source)
+
+    def _start(self, y: Tensor, source: Source) -> Tensor:
+        for labels in (y, source.labels):
+            if labels is not None:
+                check_batch(source.image, labels, self.predictor, null=True)
+        return source.at(self.path, self.steps[0].start).x
+
+    def guided_steps(self) -> list[Step]:
+        """The steps with Instants in place of their times."""
+        return [replace(step, times=at) for step, at in zip(self.steps, self.guidance.instants(self.steps))]
+
 
 class Eager:
     """Evaluates one operation after another."""
@@ -100,17 +142,19 @@ class Eager:
     def __init__(self, sampler: FlowTurbo):
         self.sampler = sampler
 
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         x = z
-        for state in self.trajectory(z, y):
+        for state in self.trajectory(z, y, source):
             x = state.x
         return x if self.sampler.decode is None else self.sampler.decode(x)
 
-    def trajectory(self, z: Tensor, y: Tensor) -> Iterator[State]:
+    def trajectory(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         sampler = self.sampler
-        networks = guided(sampler.guidance, y, sampler.predictor, sampler.refiner)
-        steps = [replace(s, times=at) for s, at in zip(sampler.steps, sampler.guidance.instants(sampler.steps))]
-        return integrate(steps, z, networks.velocity, networks.refine)
+        if source is None:
+            return sampler.going_on(State(z, ()), y)
+        networks = guided(sampler.guidance, source.all_labels(y), sampler.predictor, sampler.refiner)
+        edited = Edited(networks, lambda at: source.at(sampler.path, at.t))
+        return integrate(sampler.guided_steps(), z, edited.velocity, edited.refine)
 
 
 class ODESampler:
@@ -228,12 +272,16 @@ def check_every(guidance: Guidance) -> None:
         raise ValueError(f"guidance at every {guidance.every} evaluations is for schedules of blocks alone")
 
 
-def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:
-    """Raises ValueError unless y (N,) holds one integer label for each row of z, within the predictor's classes.
+def check_batch(z: Tensor, y: Tensor, predictor: Network, null: bool = False) -> None:
+    """Raises ValueError unless y (N,) is a tensor of one label for each row of z, within the predictor's classes.
 
+    With `null` also the null class, if the predictor has one, whose index is the number of classes.
     Labels on another device than the CPU are not read, since that would wait for the device: they are checked where
     they are made.
     """
+    for value, what in ((z, "noise"), (y, "labels")):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{what} of type {type(value).__name__}: expected a tensor")
     if y.shape != z.shape[:1] or y.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels of shape {tuple(y.shape)} and {y.dtype} do not go with noise of shape {tuple(z.shape)}: "
@@ -242,5 +290,6 @@ def check_batch(z: Tensor, y: Tensor, predictor: Network) -> None:
     classes = getattr(predictor, "num_classes", None)
     if y.device.type != "cpu" or classes is None or not len(y):
         return
-    if int(y.min()) < 0 or int(y.max()) >= classes:
+    known = classes + (null and getattr(predictor, "class_dropout_prob", 0) > 0)
+    if int(y.min()) < 0 or int(y.max()) >= known:
         raise ValueError(f"labels {int(y.min())} to {int(y.max())} must lie in 0 to {classes - 1}")

@@ -84,6 +84,11 @@ class Schedule:
         return predictor, refiner
 
     @property
+    def prefix(self) -> str:
+        """Its blocks before the first that evaluates the refiner; all where none does."""
+        return self.blocks.partition("R")[0]
+
+    @property
     def has_refiner(self) -> bool:
         """Whether any of its blocks evaluates the refiner."""
         return self.evaluations()[1] > 0

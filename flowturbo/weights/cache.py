@@ -17,6 +17,10 @@ from flowturbo.system.files import sha256
 from flowturbo.weights.registry import ASSETS, Asset, RemoteFile
 
 CACHE_VARIABLE = "FLOWTURBO_CACHE"
+NOTES = {  # what is recorded of a file
+    **dict.fromkeys(("sha256", "url", "mark"), str),
+    **dict.fromkeys(("size", "total", "mtime_ns", "ctime_ns", "inode"), int),
+}
 OFFLINE_VARIABLES = ("FLOWTURBO_OFFLINE", "HF_HUB_OFFLINE")
 
 
@@ -79,7 +83,8 @@ def locate(
 ) -> Path | None:
     """The path as given where there is something, else the registered file in the cache folder, else None.
 
-    A name with a folder in front is a path and nothing else. Touches no network.
+    A name with a folder in front is a path and nothing else. Touches no network. Raises ValueError for a cached file
+    that is not the one that was downloaded.
     """
     if Path(name).exists():
         return Path(name)
@@ -87,8 +92,12 @@ def locate(
     if key is None:
         return None
     place = cache_folder(folder)
-    complete = all((place / file.path).is_file() for file in assets[key].files)
-    return place / assets[key].path if complete else None
+    files = assets[key].files
+    if not all((place / file.path).is_file() for file in files):
+        return None
+    for file in files:
+        check(file, place / file.path, verify=False)
+    return place / assets[key].path
 
 
 def progress(file: RemoteFile, folder: Path) -> int | None:
@@ -103,11 +112,12 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """What is recorded of a cached or partial file; empty where nothing is, or the record is damaged."""
+    """What is recorded of a cached or partial file; without what is damaged, empty where nothing is recorded."""
     try:
-        return read_record(beside(path, "json")) or {}
+        found = read_record(beside(path, "json")) or {}
     except ValueError:
         return {}
+    return {name: value for name, value in found.items() if type(value) is NOTES.get(name)}
 
 
 def write_notes(path: Path, **content: Any) -> None:
@@ -122,9 +132,14 @@ def expected(file: RemoteFile, path: Path) -> tuple[int | None, str | None]:
 
 
 def stamp(path: Path) -> dict[str, int]:
-    """What changes with a file that is written to."""
+    """What changes with a file that is written to or replaced; whoever does can set back the first two alone."""
     status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
 
 
 def check(file: RemoteFile, path: Path, verify: bool) -> None:

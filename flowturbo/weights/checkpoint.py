@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -18,12 +17,15 @@ import torch
 from torch import Tensor
 
 from flowturbo.system.claims import read_record, write_record
-from flowturbo.system.files import atomic_write, remove_leftovers, sha256
+from flowturbo.system.files import atomic_write, check_file, remove_leftovers, sha256
+from flowturbo.system.values import plain
 from flowturbo.weights.fetch import MissingWeights, find, locate
+from flowturbo.weights.pickles import Refused, check_pickles
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of them in a run's folder
 EMA = ("ema", "ema_state_dict")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODEL = ("model", "model_state_dict", "state_dict")
 
 
@@ -39,9 +41,10 @@ def resolve(name: str | os.PathLike[str], field: str = "", say: Callable[[str], 
         raise MissingWeights({field: os.fspath(name)}, f"checkpoint {os.fspath(name)!r}{of} does not exist")
     if not found.is_dir():
         return found
-    newest = CheckpointFolder(found / CHECKPOINTS).newest(say)
+    folder = found if found.name == CHECKPOINTS else found / CHECKPOINTS
+    newest = CheckpointFolder(folder).newest(say)
     if newest is None:
-        raise ValueError(f"folder {os.fspath(found)!r} holds no checkpoint: expected {found / CHECKPOINTS}/NUMBER.pt")
+        raise ValueError(f"folder {os.fspath(found)!r} holds no checkpoint: expected {folder}/NUMBER.pt")
     return newest
 
 
@@ -76,8 +79,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     .safetensors file gives {"ema", "config"} where its metadata hold a config, else its tensors.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise MissingWeights({"": path}, f"checkpoint {path!r} does not exist")
+    check_file(path)
     verified = check_digest(path)
     try:
         if path.endswith(".safetensors"):
@@ -93,12 +97,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 _check_stored(archive, os.path.getsize(path))
                 if not verified and archive.testzip() is not None:
                     raise ValueError("its checksums are others")
+        check_pickles(path, mapped)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickle's protocol, where the file is refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Refused as error:
+        reason = f"it holds what is not loaded: {error}"
+        raise ValueError(f"cannot read checkpoint {path!r}: {reason}") from None
     except Exception as error:  # a damaged file raises nearly anything; nine types were seen
-        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
-        reason = "it holds Python objects, which are not loaded" if unsafe else "no checkpoint, or a damaged one"
+        reason = "no checkpoint, or a damaged one"
         raise ValueError(f"cannot read checkpoint {path!r}: {reason} ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path!r} holds a {type(content).__name__}, expected weights by name")
@@ -134,12 +141,12 @@ def check_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: 
     """Raises ValueError that lists missing, unknown, misshapen and non-finite weights."""
     expected = module.state_dict()
     problems = [f"no {key}" for key in expected.keys() - weights.keys()]
-    problems += [f"unknown {key}" for key in weights.keys() - expected.keys()]
+    problems += [f"unknown {plain(key, 80)}" for key in weights.keys() - expected.keys()]
     for key in sorted(expected.keys() & weights.keys()):
-        if expected[key].shape != weights[key].shape:
+        if not is_plain(weights[key]):
+            problems.append(f"{key} is no plain tensor of real numbers in 16, 32 or 64 bits")
+        elif expected[key].shape != weights[key].shape:
             problems.append(f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}")
-        elif not is_plain(weights[key]):
-            problems.append(f"{key} is no plain tensor of real numbers")
         elif not torch.isfinite(weights[key]).all():
             problems.append(f"{key} is not finite")
     if problems:
@@ -156,11 +163,14 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], path: s
 
 
 def is_plain(value: object) -> bool:
-    """Whether something is a tensor of floats that lie in memory one by one: not sparse, nor expanded from one."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    """Whether something is a tensor of floats that lie in memory one by one: not sparse, nor expanded from one.
+
+    Floats of 8 bits and less are none: they mean nothing without scales, which no checkpoint of ours has.
+    """
+    if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided or value.is_meta:
         return False
     stored = value.untyped_storage().nbytes()
-    return value.is_floating_point() and stored >= value.numel() * value.element_size()
+    return value.dtype in FLOATS and stored >= value.numel() * value.element_size()
 
 
 class CheckpointFolder:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 
@@ -14,8 +15,9 @@ from flowturbo.models import SiT
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.system.cli import one_line
 from flowturbo.system.files import atomic_write, sha256
+from flowturbo.system.values import plain, shown
 from flowturbo.weights.checkpoint import check_weights, load_checkpoint, resolve, save_checkpoint, weights_of
-from flowturbo.weights.info import CheckpointInfo, empty_network
+from flowturbo.weights.info import CheckpointInfo, empty_network, without_folders
 
 FORMATS = (".safetensors", ".pt")
 KINDS = {kind.__name__: kind for kind in (SiT, VelocityRefiner)}
@@ -30,13 +32,17 @@ class UploadFailed(OSError):
 
 
 def export_weights(
-    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    leave_out: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> CheckpointInfo:
     """Write the EMA weights and the config of a training checkpoint, or of a run's newest, as .safetensors or .pt.
 
-    Absolute paths in the settings are reduced to their last part. Returns what the file says of itself. Raises
-    ValueError for a checkpoint without a config, for weights that do not fit it or are not finite, and for another
-    ending of `out`; OutOfRange for weights that leave the range of `dtype`.
+    Paths in the settings are reduced to their last part; `leave_out` names settings of training that say nothing of a
+    network, by its class. Returns what the file says of itself. Raises ValueError for a checkpoint without a config,
+    for weights that do not fit it or are not finite, and for another ending of `out`; OutOfRange for weights that
+    leave the range of `dtype`.
     """
     out = Path(out)
     if out.suffix not in FORMATS:
@@ -44,7 +50,7 @@ def export_weights(
     path = resolve(checkpoint)
     content = load_checkpoint(path)
     info = CheckpointInfo.of(content, path)
-    kind = KINDS.get(str(info.model.get("class")))
+    kind = KINDS.get(info.kind or "")
     if kind is None:
         raise ValueError(f"checkpoint {str(path)!r} holds no config: only what train.py has written can be exported")
     weights = weights_of(content, path)
@@ -53,7 +59,9 @@ def export_weights(
     weights = {name: weights[name].to(dtype).contiguous() for name in network.state_dict()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise OutOfRange(f"weights of {str(path)!r} leave the range of {dtype}")
-    config = {**content["config"], "training": _without_folders(info.training), "step": info.step}
+    left_out = leave_out.get(kind.__name__, ())
+    training = {name: value for name, value in info.training.items() if name not in left_out}
+    config = without_folders({**info.config, "model": info.model, "training": training, "step": info.step})
     if out.suffix == ".pt":
         save_checkpoint(out, {"ema": weights, "config": config})
     else:
@@ -61,15 +69,7 @@ def export_weights(
 
         with atomic_write(out) as file:
             file.write(save(weights, {"format": "pt", "config": json.dumps(config)}))
-    return CheckpointInfo(out, info.step, info.model, config["training"], config)
-
-
-def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with absolute paths reduced to their last part: an exported file tells nothing of a machine."""
-    return {
-        name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-        for name, value in settings.items()
-    }
+    return CheckpointInfo(out, info.step, config["model"], config["training"], config)
 
 
 def write_card(info: CheckpointInfo, dtype: torch.dtype, usage: str) -> Path:
@@ -78,34 +78,51 @@ def write_card(info: CheckpointInfo, dtype: torch.dtype, usage: str) -> Path:
     `usage` is the command that samples with the file.
     """
     path = info.path.with_suffix(".md")
-    is_refiner = info.model["class"] == "VelocityRefiner"
-    what = "FlowTurbo velocity refiner" if is_refiner else "SiT velocity predictor"
+    what = "FlowTurbo velocity refiner" if info.kind == "VelocityRefiner" else "SiT velocity predictor"
     after = "" if info.step is None else f" after {info.step} steps"
+    count = int(info.model["num_classes"])
+    task = "class-conditional-image-generation" if count > 1 else "unconditional-image-generation"
     lines = [
         "---",
         "library_name: pytorch",
-        "pipeline_tag: unconditional-image-generation",
-        "tags: [flowturbo, flow-matching]",
+        *([] if count > 1 else [f"pipeline_tag: {task}"]),  # the hub has no such task for classes
+        f"tags: [flowturbo, flow-matching, {task}]",
         "---",
         "",
-        f"# {path.stem}",
+        f"# {_escaped(path.stem)}",
         "",
         f"A {what}: averaged (EMA) weights{after}, {str(dtype).removeprefix('torch.')}.",
+        f"It makes images of {count} classes." if count > 1 else "It makes images without classes.",
         "",
         f"`{info.path.name}`, {info.path.stat().st_size:,} bytes, sha256 `{sha256(info.path)}`",
         "",
         "## Use",
         "",
         "```bash",
-        usage,
+        plain(usage),
         "```",
     ]
-    for title, table in (("Model", info.model), ("Training", info.training)):
-        rows = [f"| {name} | {value} |" for name, value in table.items() if value is not None]
-        lines += ["", f"## {title}", "", "| | |", "|---|---|", *rows]
+    for title, table in (("Model", info.model), ("Training", info.training), ("Classes", _classes(info, count))):
+        rows = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in table.items() if value is not None]
+        lines += ["", f"## {title}", "", "| | |", "|---|---|", *rows] if rows else []
     with atomic_write(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     return path
+
+
+def _classes(info: CheckpointInfo, count: int) -> dict[str, str]:
+    """What each class is called and how many images of it there were, where the config says so and they are few."""
+    names, counts = info.config.get("classes"), info.config.get("class_counts")
+    if not isinstance(names, list) or not isinstance(counts, list) or not len(names) == len(counts) == count <= 1000:
+        return {}
+    return {
+        f"{index}: {shown(name)[1:-1]}": f"{number} images" for index, (name, number) in enumerate(zip(names, counts))
+    }
+
+
+def _escaped(value: object) -> str:
+    """A value as the text of a cell in a table of Markdown, where it is no markup."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", plain(value, 200) if isinstance(value, str) else shown(value))
 
 
 def push(weights: Path, card: Path, repository: str, private: bool) -> str:

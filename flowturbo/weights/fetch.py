@@ -32,8 +32,9 @@ from flowturbo.weights.cache import (
     unless_meant,
     write_notes,
 )
+from flowturbo.weights.http import Refusal, Terms
 from flowturbo.weights.registry import ASSETS, Asset, RemoteFile
-from flowturbo.weights.transfer import Refusal, Terms, transfer
+from flowturbo.weights.transfer import transfer
 
 __all__ = ["DownloadFailed", "MissingWeights", "NoProgress", "Terms", "fetch", "find", "is_offline", "locate"]
 
@@ -139,9 +140,12 @@ def _download(file: RemoteFile, path: Path, key: str, terms: Terms) -> None:
     reasons = []
     for url in file.urls:
         try:
-            found = transfer(url, part, path.name, size, digest, terms)
+            found = transfer(url, part, file, size, digest, terms)
         except Refusal as reason:
             reasons.append(f"{url.partition('?')[0]}: {reason}")
+            if not part.is_file() or not part.stat().st_size:  # nothing that another attempt could go on from
+                for leftover in (part, beside(part, "json")):
+                    leftover.unlink(missing_ok=True)
             continue
         os.replace(part, path)
         write_notes(path, sha256=found, **stamp(path), url=url)

@@ -18,6 +18,7 @@ class RemoteFile:
     size: int | None = None  # bytes, enforced
     sha256: str | None = None
     about: int | None = None  # bytes, roughly, where the size is not published: parameters times four
+    format: str = ""  # how it begins: one of transfer.FORMATS
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ def _autoencoder(repository: str, about: str) -> Asset:
         about=f"autoencoder stabilityai/{repository}: {about}",
         licence="MIT",
         files=tuple(
-            RemoteFile(f"{repository}/{name}", (f"{source}/{name}",), about=about)
-            for name, about in (("config.json", 1_000), ("diffusion_pytorch_model.safetensors", 334_600_000))
+            RemoteFile(f"{repository}/{name}", (f"{source}/{name}",), about=about, format=form)
+            for name, about, form in (
+                ("config.json", 1_000, "json"),
+                ("diffusion_pytorch_model.safetensors", 334_600_000, "safetensors"),
+            )
         ),
     )
 
@@ -60,6 +64,7 @@ ASSETS = {
                     "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
                 ),
                 about=2_700_000_000,
+                format="torch",
             ),
         ),
     ),
@@ -71,6 +76,7 @@ ASSETS = {
                 "SiT-XL-2-Refiner.pt",
                 ("https://cloud.tsinghua.edu.cn/f/3d07d92dd2314857ae50/?dl=1",),
                 about=119_000_000,
+                format="torch",
             ),
         ),
     ),

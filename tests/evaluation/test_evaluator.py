@@ -302,3 +302,46 @@ def test_help_and_mistyped_flags_answer_without_torch(arguments):
     )
     root = Path(evaluator.__file__).parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, timeout=60)
+
+
+def test_the_result_is_written_before_the_table_is_printed(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowturbo.evaluation.report.table", lambda *_: exec("raise OSError('stdout is closed')"))
+    both = [str(digits / "odd-grey.npz"), str(digits / "even-grey.npz")]
+    with pytest.raises(OSError, match="stdout is closed"):
+        evaluator.main([*both, "--extractor", "pixels", "--json", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text())["metrics"]["FID"]["value"] is not None
+
+
+def statistics(path, **arrays):
+    np.savez(path, **{"mu": np.zeros(4), "sigma": np.eye(4), "extractor": np.array("pixels"), **arrays})
+    return str(path)
+
+
+@pytest.mark.parametrize("sigma", [np.eye(4) * 1e308, np.ones((4, 4)) * 1e308, np.eye(4) * 5e-324, np.eye(4) * -0.0])
+def test_statistics_at_the_ends_of_the_range_are_no_traceback(tmp_path, capsys, sigma):
+    odd, plain = statistics(tmp_path / "a.npz", sigma=sigma), statistics(tmp_path / "b.npz", mu=np.ones(4) * 1e300)
+    for both in ([odd, plain], [plain, odd], [odd, odd], [plain, plain]):
+        evaluator.main([*both, "--json", str(tmp_path / "x.json")])
+        json.loads((tmp_path / "x.json").read_text())
+        assert "FID" in capsys.readouterr().out
+
+
+def test_texts_of_files_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
+    evil = "\x1b[2J\x07" + "x" * 10_000
+    side = statistics(tmp_path / "a.npz", source=np.array(evil), labels=np.array(evil), extractor=np.array(evil))
+    evaluator.main([side, side])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"\x1b[2J\x07xxx" in shown
+    assert len(shown) < 4000
+    odd = statistics(tmp_path / "b.npz", source=np.array([evil]))
+    with pytest.raises(ValueError, match=r"source is .*, expected text") as caught:
+        evaluator.main([odd, odd])
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1])
+def test_seeds_up_to_2_64_draw_resamples(tmp_path, seed):
+    side = str(tmp_path / "a.npz")
+    np.savez(side, np.random.default_rng(0).integers(0, 255, (6, 4, 4, 3), dtype=np.uint8))
+    evaluator.main([side, side, "--extractor", "pixels", "--bootstrap", "2", "--seed", str(seed)])

@@ -111,6 +111,10 @@ def test_inception_weights_are_found_wherever_earlier_versions_put_them(nowhere,
     folder = nowhere[place] / ("hub/checkpoints" if place == "hub" else "")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INCEPTION_FILE.path).write_text("weights")
+    if place == "cache":  # where files are held to their registered size and hash
+        with pytest.raises(ValueError, match=r"weights-inception.* has 7 bytes, expected 95,628,359: delete it"):
+            find_inception()
+        return
     assert os.path.samefile(find_inception(), folder / INCEPTION_FILE.path)
     with pytest.raises(MissingExtractorWeights, match=r"weights-inception.*: sha256 .* expected 6726825d"):
         load_extractor("inception")
@@ -196,19 +200,23 @@ class FakeViT(nn.Module):
         return self.scale * x.mean(dim=(2, 3))
 
 
-def test_dinov2_preprocessing_and_identity(monkeypatch):
-    made = []
+def test_dinov2_preprocessing_and_identity(monkeypatch, tmp_path):
+    made, weights = [], tmp_path / "weights.pth"
+    torch.save({"scale": torch.ones(3)}, weights)
 
     def create_model(name, **settings):
         made.append((name, settings))
         return FakeViT()
 
     monkeypatch.setattr("timm.create_model", create_model)
-    extractor = DINOv2Extractor("weights.safetensors")
+    extractor = DINOv2Extractor(weights)
     white = torch.full((2, 3, 40, 30), 255, dtype=torch.uint8)
     torch.testing.assert_close(extractor(white).pool, torch.tensor([[1.0, 3.0, 1.0]] * 2))
     assert made[0][0] == "vit_large_patch14_dinov2.lvd142m"
-    assert made[0][1]["pretrained_cfg_overlay"] == {"file": "weights.safetensors"}
+    assert made[0][1]["pretrained_cfg_overlay"] == {"file": str(weights)}
+    weights.write_bytes(b"\x80\2c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R.")
+    with pytest.raises(ValueError, match=r"weights\.pth': it holds what is not loaded: __builtin__\.bytearray"):
+        DINOv2Extractor(weights)
     identity = extractor.identity
     monkeypatch.setattr(FakeViT, "__init__", lambda self: nn.Module.__init__(self))
     assert DINOv2Extractor().identity != identity

@@ -1,4 +1,5 @@
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from flowturbo.data.folders import ClassFolder
 from flowturbo.data.images import ORIENTATION, TRANSPARENCY
 from flowturbo.data.walk import HIDDEN, OTHER
-from flowturbo.evaluation import Archive, ImageArchive, ImageFolder
+from flowturbo.evaluation import Archive, ImageArchive, ImageFolder, sources
 from flowturbo.evaluation.sources import UnevenImages
 
 
@@ -216,3 +217,28 @@ def test_images_of_several_sizes_can_be_cropped_to_one(tmp_path):
 def test_impossible_backgrounds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="background 'red': expected"):
         ImageFolder(tmp_path, background="red")
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_refused(tmp_path, monkeypatch, copies):
+    """2.7 GB of 2.7 MB would be read for minutes; in many parts too."""
+    monkeypatch.setattr(sources, "FREE", 1 << 20)
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for k in range(copies):
+            with archive.open(f"arr_{k}.npy", "w") as member:
+                np.lib.format.write_array(member, np.zeros((1 + 300 // copies, 100, 100), np.uint8))
+    with pytest.raises(ValueError, match=r"bomb\.npz: file: [0-9,]+ bytes packed into [0-9,]+, expected at most 100"):
+        Archive(path)
+
+
+def test_what_packs_well_and_is_small_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", np.zeros((100, 64, 64, 3), np.uint8))
+    assert (tmp_path / "a.npz").stat().st_size * 100 < 100 * 64 * 64 * 3
+    assert all_of(ImageArchive(tmp_path / "a.npz")).shape == (100, 64, 64, 3)
+
+
+def test_an_archive_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz: it is no file"):
+        Archive(tmp_path / "a.npz")

@@ -1,3 +1,5 @@
+import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +141,40 @@ def test_a_damaged_folder_is_named_on_one_line(vae_folder, tmp_path, name, conte
         load_autoencoder(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert "hub" not in str(caught.value).split(":", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("layers_per_block", 2000, "its layers_per_block is 2000, expected 1 to 64"),
+        ("layers_per_block", [2], "its layers_per_block is .*, expected a whole number"),
+        ("block_out_channels", None, "NoneType"),
+        ("block_out_channels", "abc", ""),
+        ("scaling_factor", "x", "could not convert"),
+        ("scaling_factor", 0, "scaling_factor 0.0 and shift_factor 0.3: expected numbers"),
+        ("shift_factor", 1e999, "shift_factor inf"),
+    ],
+)
+def test_an_odd_config_is_named(vae_folder, tmp_path, setting, value, message):
+    for file in vae_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(ValueError, match=f"^cannot load autoencoder {tmp_path}: .*{message}"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_pipes_and_pickles_in_a_folder_are_refused(vae_folder, tmp_path):
+    for file in vae_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    bad = tmp_path / "diffusion_pytorch_model.bin"
+    bad.write_bytes(b"\x80\2c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R.")
+    with pytest.raises(ValueError, match=r"cannot load autoencoder .*: __builtin__\.bytearray, expected tensors"):
+        load_autoencoder(str(tmp_path))
+    bad.unlink()
+    os.mkfifo(bad)
+    with pytest.raises(ValueError, match=r"cannot load autoencoder .*: '.*\.bin' is no file"):
+        load_autoencoder(str(tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_had_offline_says_what_to_pass(tmp_path, monkeypatch, capfd):

@@ -355,7 +355,8 @@ def held():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # not those that stand for others while tracing
+        # Not those that stand for others while tracing, nor sparse ones, which have no storage.
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 

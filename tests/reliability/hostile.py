@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-QUOTAS = {"checkpoints": 360, "archives": 200, "images": 200, "configs": 180, "schedules": 48, "flags": 120}
+QUOTAS = {
+    "checkpoints": 420,
+    "archives": 240,
+    "exports": 120,
+    "images": 200,
+    "configs": 180,
+    "schedules": 48,
+    "flags": 120,
+}
 DEEP = "[" * 100_000
 JUNK: list[Any] = [None, True, -1, 10**9, 10**30, 1e300, float("nan"), "", "x", [], [[]], {}, {"a": 1}, {1: 2}]
 
@@ -76,8 +84,22 @@ class Corpus:
 
     # ---- checkpoints
 
+    def _exports(self) -> list[Callable[[], Case]]:
+        """Those that are read for an export."""
+
+        def exported(make: Callable[[], Case]) -> Callable[[], Case]:
+            def case() -> Case:
+                made = make()
+                return replace(made, what=f"{made.what}, exported", reader="export")
+
+            return case
+
+        return [exported(make) for make in self._checkpoints() if make != self._odd_optimizer]
+
     def _checkpoints(self) -> list[Callable[[], Case]]:
         return [
+            self._hungry_pickle,
+            self._laughing_config,
             self._damaged_checkpoint,
             self._evil_checkpoint,
             self._odd_key,
@@ -106,6 +128,39 @@ class Corpus:
 
     def _damaged_checkpoint(self) -> Case:
         return self._checkpoint("a damaged checkpoint", self._damaged(self.whole), may_pass=True)
+
+    def _hungry_pickle(self) -> Case:
+        """A few bytes that ask for gigabytes of what torch's loader knows."""
+        name = self.dice.choice(["builtins bytearray", "collections Counter", "torch FloatTensor", "builtins set"])
+        table = b"}q\1(" + b"".join(b"M" + k.to_bytes(2, "little") + b"K\0" for k in range(60_000)) + b"u"
+        order = b"\x80\2ccollections\nOrderedDict\nq\0]" + table + b"a"
+        data = self.dice.choice(
+            [
+                b"\x80\2c" + name.replace(" ", "\n").encode() + b"\nJ\xff\xff\xff\x7f\x85R.",
+                order + b"h\0h\1\x85R" * 2000 + b"a.",
+                order + b"h\0)Rh\1ba" * 2000 + b".",
+                b"\x80\2" + b"]" * (20 << 20) + b".",
+            ]
+        )
+        if self.dice.random() < 0.5:
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(io.BytesIO(self.whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+                for info in old.infolist():
+                    new.writestr(info.filename, data if info.filename.endswith("data.pkl") else old.read(info))
+            data = buffer.getvalue()
+        return self._checkpoint(f"a hungry pickle {data[:40]!r}", data)
+
+    def _laughing_config(self) -> Case:
+        """What prints for ever, or moves the cursor of a terminal."""
+        content = self._copy()
+        laughs: Any = [0]
+        kind = self.dice.choice([tuple, list])
+        for _ in range(60):
+            laughs = kind([laughs, laughs])
+        odd = self.dice.choice([laughs, "\x1b[2J\x07" * 50, {"\x1b[2J": laughs}, "x" * 10**6])
+        place = self.dice.choice([content["config"]["model"], content["config"]["training"], content["config"]])
+        place[self.dice.choice([*place, "class", "\x1b[2J"])] = odd
+        return self._checkpoint("a config that prints for ever", self._saved(content), may_pass=True)
 
     def _evil_checkpoint(self) -> Case:
         mark = str(self.marker)
@@ -255,7 +310,14 @@ class Corpus:
     # ---- archives of arrays
 
     def _archives(self) -> list[Callable[[], Case]]:
-        return [self._damaged_archive, self._lying_header, self._evil_archive, self._odd_arrays, self._feature_file]
+        return [
+            self._packed_archive,
+            self._damaged_archive,
+            self._lying_header,
+            self._evil_archive,
+            self._odd_arrays,
+            self._feature_file,
+        ]
 
     def _archive(self, what: str, data: bytes, may_pass: bool = False) -> Case:
         path = self._file(".npz", data)
@@ -279,6 +341,24 @@ class Corpus:
     def _damaged_archive(self) -> Case:
         data = self._npz(self.dice.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]), arr_0=self._npy(self._pixels()))
         return self._archive("a damaged archive", self._damaged(data), may_pass=True)
+
+    def _packed_archive(self) -> Case:
+        """Megabytes that unpack to gigabytes, and what is no file."""
+        path = self._file(".npz")
+        if self.dice.random() < 0.2:
+            path.unlink()
+            os.mkfifo(path)
+            return Case("a pipe as an archive", "evaluator", path, path.name)
+        block = bytes(1 << 20)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            name, shape = self.dice.choice([("arr_0", (1200, 512, 512, 1)), ("mu", (300 << 17,)), ("extractor", ())])
+            with archive.open(f"{name}.npy", "w") as member:
+                descr = {"arr_0": "|u1", "mu": "<f8", "extractor": f"<U{300 << 18}"}[name]
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for _ in range(300):
+                    member.write(block)
+        return Case(f"a packed archive of {name}", "evaluator", path, path.name)
 
     def _lying_header(self) -> Case:
         shape = self.dice.choice([(10**12, 8, 8, 3), (2**62, 2**62, 1, 3), (-4, 8, 8, 3), (5, 8, 8, 3), (3, 8, 8, 3)])

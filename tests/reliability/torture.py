@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -35,6 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import handing_on  # noqa: E402
 import hostile  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -42,6 +42,7 @@ from diffusers import AutoencoderKL  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import cache_latents  # noqa: E402
+import download  # noqa: E402
 import evaluator  # noqa: E402
 import flowturbo.system.files  # noqa: E402
 import flowturbo.training.resume  # noqa: E402  # with all that train.py imports, so that forks need not
@@ -58,6 +59,7 @@ from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint  # no
 TIMEOUT = 60  # seconds within which every run of this campaign must have ended by itself
 STEPS, EVERY = 40, 3
 WORLDS = [(1, 0), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)]  # ranks, loader workers
+MOST_MEMORY = 600 << 20  # bytes that a malformed input may take beyond what a good checkpoint takes
 TINY = [
     *("--target", "predictor", "--vae-ckpt", "none", "--image-size", "8", "--channels", "1", "--patch-size", "2"),
     *("--hidden-size", "32", "--depth", "1", "--num-heads", "4", "--no-learn-sigma", "--global-batch-size", "12"),
@@ -79,6 +81,7 @@ class Run:
         prepare: Callable[[int], object] = lambda rank: None,
     ):
         self.log, self.codes = log, {}
+        self.peak = 0  # bytes that a rank held at once
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -117,8 +120,9 @@ class Run:
         """Whether all ranks have ended; `codes` has the exit codes, -N for signal N."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
+                ended, status, used = os.wait4(pid, os.WNOHANG)
                 if ended:
+                    self.peak = max(self.peak, used.ru_maxrss << 10)
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
         return len(self.codes) == len(self.pids)
 
@@ -248,6 +252,9 @@ class Lab:
         path = self.root / f"{self.number:05d}"
         path.mkdir()
         return path
+
+    def run(self, main: Callable[[list[str]], object], argv: list[str], log: Path) -> Run:
+        return Run(main, argv, log)
 
     def start(self, folder: Path, more: list[str], ranks: int = 1, workers: int = 0, prepare=lambda rank: None) -> Run:
         argv = [*self.flags, "--results-dir", str(folder), "--num-workers", str(workers), *more]
@@ -644,6 +651,9 @@ def malformed(lab: Lab) -> None:
     marker = lab.root / "executed"
     content = torch.load(lab.predictor, weights_only=True)
     corpus = hostile.Corpus(lab.folder(), lab.dice, content, lab.predictor.read_bytes(), marker)
+    usual = Run(*command(lab, hostile.Case("", "predictor", lab.predictor, "")), lab.root / "usual.txt")
+    lab.expect(usual.wait(), f"a good checkpoint: {usual.text[-600:]}")
+    peak, greedy = usual.peak, "a good checkpoint"
     total = refused = 0
     for kind, quota in hostile.QUOTAS.items():
         count = accepted = 0
@@ -651,9 +661,11 @@ def malformed(lab: Lab) -> None:
             log = lab.root / "malformed.txt"
             log.unlink(missing_ok=True)
             main, argv = command(lab, case)
-            run = Run(main, argv, log, prepare=little_memory)
+            run = Run(main, argv, log)
             run.wait(TIMEOUT)
             count += 1
+            if run.peak > peak:
+                peak, greedy = run.peak, case.what
             text, code = run.text, run.codes[0]
             lines = [line for line in text.splitlines() if "error:" in line]
             good = not marker.exists() and "Traceback" not in text
@@ -667,18 +679,15 @@ def malformed(lab: Lab) -> None:
             marker.unlink(missing_ok=True)
         total += count
         lab.figure(f"malformed {kind}", count, f"{count - accepted} refused by name, {accepted} harmless")
+    more = (peak - usual.peak) >> 20
+    lab.expect(more < MOST_MEMORY >> 20, f"{greedy} took {more} MiB more than a good checkpoint")
+    lab.figure("malformed inputs, MiB of memory beyond a good one's", more, f"at most, by {greedy}")
     lab.figure("malformed inputs", total, "0 tracebacks, 0 executions, 0 hangs" if not lab.failures else "see above")
 
 
 def words(text: str) -> str:
     """A flag and the words of a message that mean it look alike."""
     return " ".join(re.sub("[-_]", " ", text).lower().split())
-
-
-def little_memory(rank: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + (2 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def command(lab: Lab, case: hostile.Case) -> tuple[Callable, list[str]]:
@@ -700,6 +709,8 @@ def command(lab: Lab, case: hostile.Case) -> tuple[Callable, list[str]]:
         return sample.main, ["--predictor-ckpt", path, *one_image, "--out", str(out / "a.png")]
     if reader == "set":
         return sample_ddp_feature.main, [*sampled, "--predictor-ckpt", str(lab.predictor), "--sample-dir", path]
+    if reader == "export":
+        return download.main, ["export", path, "-o", str(out / "x.safetensors")]
     if reader == "evaluator":
         return evaluator.main, [path, path, "--extractor", "pixels", "--device", "cpu"]
     if reader == "images":
@@ -773,6 +784,7 @@ def family(pid: int) -> list[int]:
 
 
 CAMPAIGNS = {c.__name__: c for c in (kills, saves, signals, exact, ranks, disks, flips, samples, caching, malformed)}
+CAMPAIGNS |= {"sockets": handing_on.sockets, "exports": handing_on.exports}
 CAMPAIGNS["torchrun"] = torchrun
 
 

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import Files, find_files, load_networks
-from flowturbo.sampling.options import NetworkOptions
+from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.weights.cache import MissingWeights
 from flowturbo.weights.checkpoint import CheckpointFolder, save_checkpoint
 
@@ -28,6 +30,18 @@ def test_a_run_stands_for_its_newest_checkpoint(options, tmp_path):
     networks = load_networks(options, files)
     assert networks.path_type == "gvp"
     assert torch.equal(networks.predictor.pos_embed, torch.load(newest)["ema"]["pos_embed"])
+
+
+@pytest.mark.parametrize(("recipe", "known"), [("endpoint", "midpoint"), ("paper", None)])
+def test_a_refiner_that_was_trained_for_one_form_of_r_is_sampled_with_it(options, recipe, known):
+    content = torch.load(options.refiner_ckpt)
+    content["config"]["training"] = {"recipe": recipe, "refiner_step": "midpoint"}
+    save_checkpoint(Path(options.refiner_ckpt), content)
+    networks = load_networks(options, find_files(options, refiner=True))
+    assert networks.refiner_step == known
+    assert load_networks(options, find_files(options, refiner=False)).refiner_step is None
+    assert SamplingOptions().settings(None, networks.refiner_step).refiner_step == (known or "released")
+    assert SamplingOptions(refiner_step="adams").settings(None, known).refiner_step == "adams"
 
 
 @pytest.mark.parametrize("refiner", [True, False])

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from flowturbo.system import cli
@@ -154,3 +158,15 @@ def test_a_rank_that_ends_while_it_tells_leaves_it_to_the_next(python, tmp_path)
     python("-c", code, TORCHELASTIC_ERROR_FILE=str(tmp_path / "0" / "error.json"))
     assert any(tmp_path.iterdir())
     assert [told(tmp_path, rank) for rank in (1, 2)] == [True, False]
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"1 \xb1 2 \u2192 3"), ("latin-1", r"1 ± 2 \u2192 3")])
+def test_what_an_encoding_lacks_is_escaped(encoding, shown):
+    code = "from flowturbo.system.cli import run_script; run_script(lambda: print('1 \xb1 2 \u2192 3'))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.decode(encoding).strip(), done.stderr) == (0, shown, b"")
+
+
+def test_control_characters_of_a_files_name_are_escaped():
+    assert cli.one_line(ValueError("no such file: '\x1b[2J'\n\x07")) == r"no such file: '\x1b[2J' \x07"

@@ -6,7 +6,16 @@ from contextlib import ExitStack
 import pytest
 
 from flowturbo.system import files
-from flowturbo.system.files import InUse, atomic_write, check_writable, exclusive, locked, remove_leftovers, sha256
+from flowturbo.system.files import (
+    InUse,
+    atomic_write,
+    check_file,
+    check_writable,
+    exclusive,
+    locked,
+    remove_leftovers,
+    sha256,
+)
 
 
 def names(folder):
@@ -57,10 +66,34 @@ def test_the_folder_of_an_output_is_made(tmp_path):
     assert names(tmp_path / "a" / "b") == []
 
 
-def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda *_: False)  # root may write anywhere
+    (tmp_path / "a.npz").touch()
     with pytest.raises(OSError, match=r"cannot write '.*a\.npz': no permission"):
         check_writable(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("place", ["/proc/a.npz", "/dev/null", "a" * 300])  # the first two also for root
+def test_a_place_that_takes_no_file_is_found_by_trying(place):
+    with pytest.raises(OSError, match=f"cannot write '{place}': "):
+        check_writable(place)
+
+
+def test_a_file_does_not_take_the_place_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(OSError, match=r"a\.json': it is no regular file"), atomic_write(tmp_path / "a.json"):
+        pass
+    assert (tmp_path / "a.json").is_fifo()
+    with pytest.raises(ValueError, match=r"a\.json' is no file"):
+        check_file(tmp_path / "a.json")
+
+
+def test_trying_leaves_nothing(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"before")
+    for name in ("a.npz", "b.npz"):
+        check_writable(tmp_path / name)
+    assert names(tmp_path) == ["a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == b"before"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

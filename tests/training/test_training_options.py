@@ -17,6 +17,7 @@ from flowturbo.training.options import (
     TrainingOptions,
     lr_factor,
 )
+from flowturbo.training.recipe import ENDPOINT_DEFAULTS
 
 
 def predictor(**more):
@@ -29,6 +30,18 @@ def test_what_a_target_leaves_open_is_its_own():
         assert {name: getattr(options.optimisation, name) for name in DEFAULTS[target]} == DEFAULTS[target]
     made = predictor(optimisation=Optimisation(lr=3.0)).optimisation
     assert (made.lr, made.global_batch_size, made.steps) == (3.0, 256, 400_000)
+
+
+def test_recipe_endpoint_has_defaults_of_its_own_and_its_trajectories_shape_it():
+    endpoint = train.parse(["--recipe", "endpoint", "--model-teacher-ckpt", "t"])
+    assert endpoint.by_end_points
+    own = {name: getattr(endpoint.optimisation, name) for name in ENDPOINT_DEFAULTS}
+    assert own == ENDPOINT_DEFAULTS
+    shaping = {"schedule", "refiner_step", "trajectories", "reference", "cfg_scale", "cfg_interval", "cfg_every"}
+    assert shaping <= endpoint.shaping().keys()
+    paper = train.parse(["--data-path", "d", "--model-teacher-ckpt", "t"])
+    assert not shaping & paper.shaping().keys()
+    assert not predictor(refiner=RefinerOptions(recipe="endpoint")).by_end_points
 
 
 def test_flags_of_both_spellings_are_one_value():
@@ -46,7 +59,10 @@ def test_the_settings_are_json_and_those_of_earlier_versions():
     old = json.loads((runs.ROOT / "tests/compatibility/v0.1.0/results/000-predictor-no-note/config.json").read_text())
     settings = predictor().settings()
     assert json.loads(json.dumps(settings)) == settings
-    assert settings.keys() - old["training"].keys() == {"lr_schedule", "time_distribution", "background"}
+    assert settings.keys() - old["training"].keys() == {
+        *("lr_schedule", "time_distribution", "background", "schedule", "refiner_step", "trajectories", "reference"),
+        *("cfg_channels", "cfg_interval", "cfg_every"),
+    }
     assert old["training"].keys() <= settings.keys()
     assert settings.keys() == {"target"} | {each.name for kind in KINDS.values() for each in fields(kind)}
 
@@ -93,7 +109,7 @@ PREDICTOR = ["--data-path", "x", "--target", "predictor"]
     ("flags", "message"),
     [
         (["--data-path", "x"], "target refiner needs model_teacher_ckpt, the trained predictor"),
-        (["--target", "predictor"], "the following arguments are required: --data-path"),
+        (["--target", "predictor"], "target predictor needs data_path, the images; only recipe endpoint does without"),
         (["--data-path", "x", "--data_pth", "y"], "unrecognized arguments: --data-pth y; did you mean --data-path?"),
         (["--data-path", "x", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--data-path", "x", "--target", "both"], "invalid choice: 'both'"),

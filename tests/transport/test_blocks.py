@@ -12,6 +12,7 @@ from flowturbo.transport.blocks import (
     REFINER_STEPS,
     Block,
     Stage,
+    State,
     integrate,
     lagrange_weights,
     plan,
@@ -254,6 +255,18 @@ def test_integrate_chains_the_steps_and_their_velocities():
     assert len(states) == 5
     for state, (x, v) in zip(states, expected):
         assert_step((state.x, state.v), x, v)
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_integrate_goes_on_from_where_earlier_steps_have_come_to(first):
+    steps = Schedule("DMBRRL").plan("adams", [0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 1.0])
+    states = list(integrate(steps, X, velocity, refine))
+    begin = states[first - 1] if first else State(X, ())
+    rest = list(integrate(steps[first:], begin.x, velocity, refine, begin.velocities))
+    assert len(rest) == 6 - first
+    for state, expected in zip(rest, states[first:]):
+        assert torch.equal(state.x, expected.x)
+        assert all(map(torch.equal, state.velocities, expected.velocities))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -406,3 +407,14 @@ def test_sit_xl_2_with_its_refiner_samples_h1p5r3_on_the_cpu(randomise, recorder
     assert (out - z).abs().mean() > 1e-3  # the weights are not those of a new network, which returns zero
     assert (len(predictor), len(refiner)) == (7, 6)
     assert {len(call[0]) for call in predictor.calls + refiner.calls} == {2}
+
+
+@pytest.mark.parametrize("labels", [[1, 2], (1, 2), 1, None, np.array([1, 2])], ids=lambda y: type(y).__name__)
+def test_labels_that_are_no_tensor_are_named(predictor, batch, labels):
+    z, _ = batch(2)
+    message = f"labels of type {type(labels).__name__}: expected a tensor"
+    for sampler in (FlowTurbo(predictor, schedule="E1"), ODESampler(predictor), SDESampler(predictor)):
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(z, labels)
+    with pytest.raises(ValueError, match="noise of type list: expected a tensor"):
+        FlowTurbo(predictor, schedule="E1").sample(z.tolist(), torch.tensor([1, 2]))

@@ -104,8 +104,27 @@ def sha(body):
     return hashlib.sha256(body).hexdigest()
 
 
-def assets(*urls, size=None, sha256=None, path="weights.pt"):
-    return {"weights": Asset("some weights", "unknown", (RemoteFile(path, urls, size, sha256),))}
+def drip(handler):
+    """A byte now and then, for ever: of the body, of a chunk's length or of the headers."""
+    while not handler.server.released.wait(0.05):
+        handler.wfile.write(b"0")
+
+
+def headers_of(**headers):
+    """An answer's status and headers, by the names as Python has them; then a body that drips."""
+
+    def answer(handler):
+        handler.send_response(200)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        drip(handler)
+
+    return answer
+
+
+def assets(*urls, path="weights.pt", **known):
+    return {"weights": Asset("some weights", "unknown", (RemoteFile(path, urls, **known),))}
 
 
 def get(*urls, terms=FAST, offline=False, verify=False, **known):

@@ -120,7 +120,7 @@ def zip_of_garbage(path):
     ("write", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "does not exist"),
+        (lambda path: path.mkdir(), "is no file"),
         (lambda path: path.write_bytes(b""), "cannot read checkpoint"),
         (lambda path: path.write_bytes(b"\x80\x02garbage"), "cannot read checkpoint"),
         (lambda path: path.write_text("<!DOCTYPE html><html>not found</html>"), "cannot read checkpoint"),

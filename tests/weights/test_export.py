@@ -8,8 +8,10 @@ import export
 from flowturbo.models import SiT
 from flowturbo.networks.load import load_network, load_with_info, model_config
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.training.options import DataOptions, PredictorOptions, TrainingOptions
 from flowturbo.weights.checkpoint import load_checkpoint, save_checkpoint
 from flowturbo.weights.export import UploadFailed, export_weights
+from flowturbo.weights.info import without_folders
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -55,6 +57,68 @@ def test_a_predictor_is_exported_too(predictor, tmp_path):
     export.main([str(tmp_path / "run.pt"), "-o", str(tmp_path / "p.safetensors")])
     assert load_network(SiT, str(tmp_path / "p.safetensors")).config == predictor.config
     assert "python sample.py --predictor-ckpt p.safetensors --schedule H8" in (tmp_path / "p.md").read_text()
+
+
+def card_of(predictor, tmp_path, training, **config):
+    """The card of an exported predictor."""
+    config = {"model": model_config(predictor), "training": {"target": "predictor", **training}, **config}
+    save_checkpoint(tmp_path / "run.pt", {"ema": predictor.state_dict(), "step": 7, "config": config})
+    export.main([str(tmp_path / "run.pt"), "-o", str(tmp_path / "p.safetensors")])
+    return (tmp_path / "p.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["data_path", "class_map", "model_teacher_ckpt", "vae_ckpt", "resume"])
+@pytest.mark.parametrize(
+    "value", ["/home/me/secret/x", "../../secret/x", "secret/y/x", "~/secret/x/", r"C:\Users\secret\x", "./secret/x"]
+)
+def test_no_path_reaches_an_export(predictor, tmp_path, name, value):
+    text = card_of(
+        predictor, tmp_path, {name: value, "lr": 1e-4}, data={"roots": [value] if value[0] in "/.~C" else []}
+    )
+    assert "secret" not in text
+    assert b"secret" not in (tmp_path / "p.safetensors").read_bytes()
+    assert "lr" in text
+
+
+def test_names_on_the_hub_and_of_models_are_no_paths():
+    settings = {"vae_ckpt": "stabilityai/sd-vae-ft-mse", "model": "SiT-XL/2", "data_path": "a/b", "classes": ["a/b"]}
+    assert without_folders(settings) == {**settings, "data_path": "b"}
+
+
+def test_a_card_lists_the_settings_of_its_own_network(predictor, tmp_path):
+    options = TrainingOptions("predictor", DataOptions("d"), predictor=PredictorOptions(hidden_size=32))
+    text = card_of(predictor, tmp_path, options.settings())
+    for foreign in ("max_dt", "recipe", "teacher", "SiT-XL/2", "results_dir", "resume"):
+        assert foreign not in text
+    for own in ("path_type", "time_distribution", "lr", "global_batch_size", "num_classes"):
+        assert f"| {own} |" in text
+    assert export.says_nothing()["VelocityRefiner"] >= {"time_distribution", "hidden_size"}
+    assert export.says_nothing()["VelocityRefiner"].isdisjoint({"max_dt", "path_type", "lr"})
+
+
+def test_a_card_says_which_classes_there_are(predictor, tmp_path):
+    names = ["cat", *(f"c{k}" for k in range(8)), "<script>|`\x1b[2J"]
+    text = card_of(predictor, tmp_path, {}, classes=names, class_counts=list(range(10)))
+    assert "unconditional" not in text
+    assert "tags: [flowturbo, flow-matching, class-conditional-image-generation]" in text
+    assert "It makes images of 10 classes." in text
+    assert "| 0: cat | 0 images |" in text
+    assert r"| 9: \<script\>\|\`\\x1b\[2J | 9 images |" in text
+
+
+def test_a_model_of_one_class_is_unconditional(tmp_path):
+    alone = SiT(input_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=4, num_classes=1)
+    assert "pipeline_tag: unconditional-image-generation" in card_of(alone, tmp_path, {})
+
+
+def test_settings_that_print_for_ever_are_refused(predictor, tmp_path):
+    laughs = (0,)
+    for _ in range(60):
+        laughs = (laughs, laughs)
+    with pytest.raises(ValueError, match=r"its config holds more than"):
+        card_of(predictor, tmp_path, {"lr": laughs})
+    with pytest.raises(ValueError, match=r"its config holds more than"):
+        card_of(predictor, tmp_path, {}, note=laughs)
 
 
 def damaged(name, tmp_path, newest, refiner):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mirrors import BODY, FAST, failure, get, leftovers, serve, sha, wait_for_release
+from mirrors import BODY, FAST, assets, failure, get, leftovers, serve, sha, wait_for_release
 
 from flowturbo.networks.autoencoder import ALIASES
 from flowturbo.sampling.options import NetworkOptions
@@ -58,11 +58,30 @@ def test_a_file_that_changed_on_disk_is_told(server):
         get(url)
     path.write_bytes(BODY)
     assert get(url) == path
-    stamp = path.stat()
-    path.write_bytes(BODY[:-1] + b"?")
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    swap(path, BODY[:-1] + b"?")
     with pytest.raises(ValueError, match="expected"):  # as damage on the disk would look: only hashing tells
         get(url, verify=True)
+    assert len(server.requests) == 1
+
+
+def swap(path, content):
+    """Other content of the same size, with the times that the file had."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_swapped_content_is_not_handed_out(server):
+    url = server.url(serve())
+    path = get(url)
+    swap(path, BODY[::-1])
+    for find_it in (lambda: get(url), lambda: locate("weights", assets=assets(url))):
+        with pytest.raises(ValueError, match=f"sha256 .*, expected {sha(BODY)}: delete it to have it downloaded again"):
+            find_it()
+    other = path.with_name("other")
+    other.write_bytes(BODY)
+    other.replace(path)
+    assert locate("weights", assets=assets(url)) == path
     assert len(server.requests) == 1
 
 

@@ -1,5 +1,8 @@
+import json
+import os
 import time
 from collections import namedtuple
+from urllib.request import Request
 
 import pytest
 from mirrors import (
@@ -7,9 +10,11 @@ from mirrors import (
     FAST,
     HASTY,
     chunked,
+    drip,
     failure,
     failure_after_clearing,
     get,
+    headers_of,
     leftovers,
     serve,
     sha,
@@ -17,10 +22,11 @@ from mirrors import (
     wait_for_release,
 )
 
-from flowturbo.weights import cache, transfer
+from flowturbo.weights import cache, http, transfer
 from flowturbo.weights.cache import CacheUnusable, progress
 from flowturbo.weights.fetch import Terms
-from flowturbo.weights.registry import RemoteFile
+from flowturbo.weights.http import Refusal
+from flowturbo.weights.registry import ASSETS, RemoteFile
 
 
 @pytest.mark.parametrize("known", [{}, {"size": len(BODY), "sha256": sha(BODY)}])
@@ -193,3 +199,157 @@ def test_a_disk_that_is_too_small(server, monkeypatch):
     with pytest.raises(CacheUnusable, match=r"no space for weights.pt: 240,000 bytes are missing, .* has 1,000 free$"):
         get(server.url(serve()))
     assert leftovers() == []
+
+
+# ---- servers that lie
+
+
+ERROR = b'{"error":"no such object"}'  # 26 bytes, with status 200
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2700000000\n"
+
+
+@pytest.mark.parametrize("body", [ERROR, POINTER, BODY])
+def test_a_file_of_another_size_than_expected_is_refused(server, body):
+    message = failure(server.url(serve(body)), about=2_700_000_000)
+    assert f"offers {len(body):,} bytes, expected about 2,700,000,000" in message
+    message = failure_after_clearing(server.url(chunked(body)), about=2_700_000_000)  # known at its end
+    assert f"offers {len(body):,} bytes" in message or body == POINTER
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("format", "good"),
+    [
+        ("torch", b"\x80\2" + BODY),
+        ("safetensors", b"\1\2\0\0\0\0\0\0{" + BODY),
+        ("json", b'\n{"act_fn": "silu"}'),
+    ],
+)
+def test_a_file_of_another_format_is_refused(server, format, good):
+    for body in (ERROR if format != "json" else b"[1]", b"not found", BODY):
+        message = failure(server.url(serve(body)), format=format)
+        assert f"sent no {format} file, it begins with b" in message
+        assert leftovers() == []
+    assert get(server.url(serve(good)), format=format).read_bytes() == good
+
+
+def test_every_file_without_a_published_hash_has_a_size_and_a_format():
+    for asset in ASSETS.values():
+        assert all(file.sha256 or (file.about and file.format in transfer.FORMATS) for file in asset.files)
+
+
+def test_a_pointer_is_not_a_file(server):
+    assert "sent a pointer of git-lfs in place of the file" in failure(server.url(serve(POINTER)))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "x\x1b[2m"])
+def test_a_packed_body_is_not_the_file(server, encoding):
+    packed = server.url(headers_of(Content_Encoding=encoding, Content_Length="100"), path="/packed")
+    assert "sent the file packed (" + encoding.replace("\x1b", r"\x1b") + ")" in failure(packed)
+    assert get(packed, server.url(serve())).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("length", ["1000000000000000000", "9" * 4000, "-5", "abc"])
+def test_an_absurd_length_does_not_end_the_search(server, length):
+    absurd = server.url(headers_of(Content_Length=length), path="/absurd")
+    assert get(absurd, server.url(serve())).read_bytes() == BODY
+    assert [path for path, _ in server.requests] == ["/absurd", "/file"]
+
+
+def drip_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    drip(handler)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (headers_of(Content_Length="1000000"), "slower than 10,000 bytes a second (3 attempts)"),
+        (headers_of(Transfer_Encoding="chunked"), "no byte for too long (3 attempts)"),
+        (drip_headers, "no whole answer in 0.8 s (3 attempts)"),
+    ],
+)
+def test_a_server_that_drips_is_given_up(server, answer, reason):
+    started = time.monotonic()
+    dripping = server.url(answer, path="/drip")
+    assert get(dripping, server.url(serve()), terms=HASTY).read_bytes() == BODY
+    assert time.monotonic() - started < 6
+    assert reason in failure_after_clearing(dripping, terms=HASTY)
+
+
+def test_a_slow_disk_is_no_slow_server(server, monkeypatch):
+    write = transfer._write
+
+    def slowly(blocks, *more):
+        return write((block for block in blocks if time.sleep(0.3) is None), *more)
+
+    monkeypatch.setattr(transfer, "_write", slowly)
+    assert get(server.url(serve(BODY[:4000])), terms=HASTY).read_bytes() == BODY[:4000]
+
+
+# ---- links that somebody has planted in a shared cache
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard", "pipe"])
+def test_a_planted_part_does_not_have_another_file_written_to(server, tmp_path, link):
+    victim, part = tmp_path / "victim", cache.cache_folder() / ".weights.pt.part"
+    part.parent.mkdir()
+    victim.write_bytes(b"precious")
+    if link == "pipe":
+        os.mkfifo(part)
+    else:
+        part.symlink_to(victim) if link == "symbolic" else part.hardlink_to(victim)
+    path = get(server.url(serve()))
+    assert (victim.read_bytes(), path.read_bytes()) == (b"precious", BODY)
+    assert not path.is_symlink()
+
+
+def test_a_planted_lock_is_refused_and_its_target_kept(server, tmp_path):
+    lock, victim = cache.cache_folder() / ".weights.pt.lock", tmp_path / "victim"
+    lock.parent.mkdir()
+    victim.write_bytes(b"precious")
+    lock.symlink_to(victim)
+    with pytest.raises(CacheUnusable, match=r"cannot lock '.*lock': Too many levels of symbolic links"):
+        get(server.url(serve()))
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_planted_record_is_replaced_and_odd_ones_count_as_none(server, tmp_path):
+    record, victim = cache.cache_folder() / ".weights.pt.json", tmp_path / "victim"
+    record.parent.mkdir()
+    victim.write_bytes(b"{}")
+    record.symlink_to(victim)
+    url = server.url(serve())
+    path = get(url)
+    assert victim.read_bytes() == b"{}"
+    assert not record.is_symlink()
+    for odd in ([1], "x", 1.5, True, None, {"a": 1}):
+        record.write_text(json.dumps(dict.fromkeys(cache.NOTES, odd)))
+        assert cache.read_notes(path).keys() <= {"sha256", "url", "mark"}
+        if odd != "x":
+            assert get(url) == path
+
+
+# ---- redirects
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1"),
+        *("fd00::1", "fe80::1", "::ffff:127.0.0.1"),
+    ],
+)
+def test_redirects_into_private_networks_are_refused(monkeypatch, address):
+    monkeypatch.setattr(http.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
+    redirects = http._Redirects(loopback=False)
+    with pytest.raises(Refusal, match=r"^leads to mirror\.example, which is \S+, no public address$"):
+        redirects.redirect_request(Request("https://a.example/"), None, 302, "", {}, "https://mirror.example/file")
+
+
+def test_redirects_to_public_hosts_are_followed(monkeypatch):
+    monkeypatch.setattr(http.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.215.14", 443))])
+    redirects = http._Redirects(loopback=False)
+    request = redirects.redirect_request(Request("https://a.example/"), None, 302, "", {}, "https://b.example/file")
+    assert request.full_url == "https://b.example/file"

@@ -1,0 +1,210 @@
+"""Edit an image: a class painted into it, an object removed, its class changed, or the noise that makes it.
+
+Usage:
+  python edit.py --image cat.png --class "golden retriever" --strength 0.6       # SDEdit
+  python edit.py --image cat.png --mask mask.png --class 980                     # inpainting, white is generated
+  python edit.py --image cat.png --mask mask.png --remove                        # object removal
+  python edit.py --image cat.png --from-class tabby --to-class 207 --method flowedit
+  python edit.py --image cat.png --class tabby --invert --out noise.pt           # and back:
+  python edit.py --noise noise.pt --out again.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flowturbo.sampling.edit_options import EditOptions
+from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.solvers import check_made_for
+from flowturbo.system import cli
+from flowturbo.system.files import check_writable
+from flowturbo.system.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowturbo.sampling.editing import Edited
+    from flowturbo.sampling.generate import Networks
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Which image, and what is written. Raises ValueError for impossible values and combinations."""
+
+    image: str | None = option(None, "the image; cropped to the model's size as in training", metavar="FILE")
+    mask: str | None = option(
+        None, "of the image's size: white is generated, black kept, grey edited to that strength", metavar="FILE"
+    )
+    invert: bool = option(False, "write the noise that makes the image, as --out FILE.pt")
+    noise: str | None = option(None, "make the image of such a noise again", metavar="FILE")
+    out: str | None = option(
+        None,
+        "a PNG of the image's own size, numbered where there are several (default: edits/NAME-METHOD.png)",
+        metavar="FILE",
+    )
+    compare: tuple[str, ...] | None = option(
+        None, "one captioned row for each of these, in one picture", metavar="SCHEDULE"
+    )
+    steps_picture: str | None = option(
+        None, "also the states after each step, as a filmstrip (.png) or moving (.gif)", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        if (self.image is None) == (self.noise is None):
+            raise ValueError("expected image, or the noise that makes one")
+        if (self.invert or self.noise) and (self.mask or self.compare or self.steps_picture):
+            raise ValueError("mask, compare and steps_picture are for edits, not for inversion")
+        if self.invert and (self.noise or not self.out):
+            raise ValueError("invert needs image and out, where the noise goes")
+        kinds = {"out": (".pt",) if self.invert else (".png",), "steps_picture": (".png", ".gif")}
+        for name, endings in kinds.items():
+            value = getattr(self, name)
+            if value and Path(value).suffix.lower() not in endings:
+                raise ValueError(f"{name} {value!r} must end in {' or '.join(endings)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    kinds = {"files": FileOptions, "edit": EditOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
+    files, options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds)
+    variants = [replace(options, schedule=text) for text in files.compare or [options.schedule]]
+    out = Path(files.out or default_name(files, options))
+    for path in filter(None, (out, files.steps_picture)):
+        check_writable(path)
+
+    from flowturbo.sampling.editing import Editor
+    from flowturbo.sampling.generate import find_files, load_networks
+
+    given = read_inputs(files)  # a mistake in them shows before the networks are loaded
+    found = find_files(network_options, any(each.sampler.needs_refiner for each in variants))
+    for each in variants:
+        check_made_for(each.sampler, found.predictor, sampling.guidance, sampling.strict, cli.warn)
+    networks = load_networks(network_options, found)
+    if given.noise is not None and options.to_class is None:
+        variants = [replace(each, to_class=given.noise_class) for each in variants]
+    editors = [
+        Editor(networks, each, sampling, network_options.compile, files.steps_picture is not None) for each in variants
+    ]
+    if files.invert:
+        save_noise(out, editors[0].invert(given.image), editors[0].to_class)
+    elif given.noise is not None:
+        save_images(out, editors[0].restore(given.noise))
+    else:
+        tell_of_crop(files, options, given, networks)
+        made = [editor.edit(given.image, given.mask) for editor in editors]
+        captions = [caption(each, result, sampling) for each, result in zip(variants, made)]
+        print("\n".join(captions))
+        if files.compare:
+            save_comparison(out, made, captions)
+        else:
+            save_images(out, made[0].images)
+        if files.steps_picture:
+            save_steps(Path(files.steps_picture), made, captions)
+
+
+def default_name(files: FileOptions, options: EditOptions) -> str:
+    """edits/NAME-METHOD.png."""
+    if files.image is None:
+        return f"edits/{Path(str(files.noise)).stem}.png"
+    task = "remove" if options.remove else "inpaint" if files.mask else options.chosen_method
+    return f"edits/{Path(files.image).stem}-{task}.png"
+
+
+class Inputs(NamedTuple):
+    """What was read: an image and its mask, or a noise with its class."""
+
+    image: Tensor  # uint8 (3, H, W); empty where there is a noise
+    mask: Tensor | None = None
+    noise: Tensor | None = None
+    noise_class: int | None = None
+
+
+def read_inputs(files: FileOptions) -> Inputs:
+    """Read the files. Raises ValueError naming one that is not what it should be."""
+    import torch
+
+    from flowturbo.data.images import read_image
+    from flowturbo.data.masks import check_mask, read_mask
+
+    if files.noise is not None:
+        try:
+            content = torch.load(files.noise, map_location="cpu", weights_only=True)
+            return Inputs(torch.empty(0), None, content["noise"].float(), int(content["class"]))
+        except OSError:
+            raise
+        except Exception as error:  # torch raises a dozen types for files that are others
+            raise ValueError(
+                f"noise {files.noise!r} is no file that inversion writes ({type(error).__name__})"
+            ) from None
+    image = torch.from_numpy(read_image(str(files.image)).pixels.copy())
+    mask = None if files.mask is None else read_mask(files.mask)
+    if mask is not None:
+        check_mask(mask, image)
+    return Inputs(image, mask)
+
+
+def tell_of_crop(files: FileOptions, options: EditOptions, given: Inputs, networks: Networks) -> None:
+    """Say so where the model does not see the whole image."""
+    size = networks.image_size
+    height, width = given.image.shape[1:]
+    if (height, width) != (size, size):
+        then = "and put back" if options.keep_size else "as in training (--keep-size puts the result back)"
+        print(f"{files.image}: {width} x {height} pixels, cropped to {size} x {size} {then}")
+
+
+def caption(options: EditOptions, made: Edited, sampling: SamplingOptions) -> str:
+    """Schedule, evaluations and guidance of a row."""
+    predictor, refiner = made.evaluations
+    count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
+    return f"{options.sampler}   {count} evaluations   cfg {sampling.cfg_scale:g}"
+
+
+def save_images(out: Path, images: Tensor) -> None:
+    """One PNG for each image, of its own size."""
+    from flowturbo.data.pictures import save_png, to_pil
+
+    for k, image in enumerate(images):
+        path = out if len(images) == 1 else out.with_stem(f"{out.stem}-{k}")
+        save_png(path, to_pil(image))
+        print(f"saved {path}")
+
+
+def save_comparison(out: Path, made: Sequence[Edited], captions: Sequence[str]) -> None:
+    """The original, and a captioned row for each."""
+    from flowturbo.data.pictures import grid, save_png
+
+    save_png(out, grid([made[0].original[None], *(each.images for each in made)], ["original", *captions]))
+    print(f"saved {out}")
+
+
+def save_steps(out: Path, made: Sequence[Edited], captions: Sequence[str]) -> None:
+    """The trajectories of the first results: a row for each, or moving pictures."""
+    import torch
+
+    from flowturbo.data.pictures import grid, save_gif, save_png
+
+    strips = [torch.stack([state[0] for state in each.steps]) for each in made]
+    if out.suffix.lower() == ".png":
+        save_png(out, grid(strips, captions))
+    else:
+        longest = max(map(len, strips))
+        frames = [grid([strip[min(k, len(strip) - 1)][None] for strip in strips], captions) for k in range(longest)]
+        save_gif(out, frames)
+    print(f"saved {out}")
+
+
+def save_noise(out: Path, noise: Tensor, label: int | None) -> None:
+    """The noise and its class."""
+    import torch
+
+    from flowturbo.system.files import atomic_write
+
+    with atomic_write(out) as file:
+        torch.save({"noise": noise.cpu(), "class": label}, file)
+    print(f"saved {out}")
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,148 @@
+"""The recipe `endpoint`: a refiner is trained through the R blocks of one schedule, to where a finer solution ends.
+
+The predictor's part of the schedule, up to the first R, is computed once for every trajectory and cached, with the end
+of a finer solution from the same noise. A step then evaluates the refiner alone, and needs no images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowturbo.data.loader import Batch
+from flowturbo.networks.precision import autocast
+from flowturbo.system.distributed import World
+from flowturbo.training.log import RunLog
+from flowturbo.training.stopping import StopRequest
+from flowturbo.training.trajectories import BATCH, HELD_OUT, Trajectories
+from flowturbo.transport import FlowTurbo, Schedule, endpoint_loss
+from flowturbo.transport.blocks import State
+
+
+class NoDraws(NamedTuple):
+    """A trajectory needs no random numbers but its start."""
+
+
+def no_draws(numbers: Sequence[int]) -> NoDraws:
+    return NoDraws()
+
+
+class EndpointMatching:
+    """The loss of a refiner on whole trajectories, an Objective.
+
+    `sampler` runs along the schedule with the frozen predictor and the refiner that is trained, which computes in
+    `dtype` under autocast; `reference` makes the finer solutions.
+    """
+
+    draw = staticmethod(no_draws)
+    prepares = True
+
+    def __init__(self, sampler: FlowTurbo, reference: FlowTurbo, trajectories: Trajectories, dtype: torch.dtype):
+        assert isinstance(sampler.schedule, Schedule)
+        self.schedule, self.reference, self.trajectories, self.dtype = sampler.schedule, reference, trajectories, dtype
+        self.sampler = self._with_refiner(sampler, sampler.refiner)
+        self.first = len(self.schedule.prefix)  # the number of the first step that is trained
+        self.branches = branches_at_hand(sampler, self.first)
+        self.known: dict[str, float] = {}  # the figures that do not change while the refiner is trained
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The mean squared error (N,) of where the trajectories end."""
+        return self._errors(self.sampler, batch.images, batch.labels)
+
+    def prepare(self, folder: Path, ranks: World, stop: StopRequest, log: RunLog) -> bool:
+        """Cache the trajectories in the run's folder, or go on with that; whether they are all there."""
+        data, channels = self.trajectories, (2 + sum(self.branches)) * self.trajectories.shape[0]
+        place = folder / ranks.agree(lambda: f"trajectories-{data.fingerprint()[:12]}")
+        evaluations = sum(self.reference.evaluations()) + sum(s.block.evaluations("predictor") for s in self._prefix)
+        log.say(
+            f"caching {HELD_OUT + len(data):,} trajectories, {evaluations} evaluations for each: "
+            f"{data.bytes(channels) / 2**20:,.1f} MiB in {place}"
+        )
+        if not data.cache(place, channels, lambda numbers: self.records(numbers, ranks.device), ranks, stop):
+            return False
+        if ranks.is_main:
+            for name, blocks in self._rivals.items():
+                rival = Schedule(blocks, self.schedule.grid)
+                self.known[name] = self._rmse_of(rival, ranks.device)
+                log.say(f"held-out end-point RMSE of {rival}, {name} in the log: {self.known[name]:.4f}")
+        return True
+
+    @property
+    def _rivals(self) -> dict[str, str]:
+        """The blocks that need no refiner, by the names of their figures: L in place of R, and the prefix alone."""
+        return {"rmse_free": self.schedule.blocks.replace("R", "L"), "rmse_prefix": self.schedule.prefix}
+
+    @torch.no_grad()
+    def figures(self, ema: nn.Module) -> Mapping[str, float]:
+        """End-point RMSE on the held-out noises: with these weights, with L in place of R, and of the prefix alone."""
+        sampler = self._with_refiner(self.sampler, ema)
+        device = next(ema.parameters()).device
+        records, labels = self.trajectories.held_out()
+        errors = [
+            self._errors(sampler, part.to(device), y.to(device))
+            for part, y in zip(records.split(BATCH), labels.split(BATCH))
+        ]
+        return {"rmse": _rmse(errors), **self.known}
+
+    def records(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """What is cached of trajectories: where the prefix has come to, and the end of the finer solution."""
+        z, y = (value.to(device) for value in self.trajectories.starts(numbers))
+        *_, state = islice(self.sampler.trajectory(z, y), self.first)
+        return pack(state, self.reference.sample(z, y))
+
+    @property
+    def _prefix(self) -> Sequence[Any]:
+        return self.sampler.steps[: self.first]
+
+    def _errors(self, sampler: FlowTurbo, records: Tensor, labels: Tensor) -> Tensor:
+        state, target = unpack(records, self.branches)
+        *_, end = sampler.going_on(state, labels, self.first)
+        return endpoint_loss(end.x, target)
+
+    def _with_refiner(self, sampler: FlowTurbo, refiner: Any) -> FlowTurbo:
+        def refine(x: Tensor, *inputs: Tensor | None) -> Tensor:
+            with autocast(x.device, self.dtype):
+                return refiner(x, *inputs)
+
+        return FlowTurbo(sampler.predictor, refine, sampler.schedule, sampler.guidance, sampler.refiner_step)
+
+    def _rmse_of(self, schedule: Schedule, device: torch.device) -> float:
+        """That of the predictor alone along a schedule."""
+        sampler = FlowTurbo(self.sampler.predictor, None, schedule, self.sampler.guidance)
+        records, _ = self.trajectories.held_out()
+        errors = []
+        for start, part in zip(range(0, HELD_OUT, BATCH), records.split(BATCH)):
+            z, y = (value.to(device) for value in self.trajectories.starts(range(start, start + len(part))))
+            errors.append(endpoint_loss(sampler.sample(z, y), unpack(part.to(device), self.branches)[1]))
+        return _rmse(errors)
+
+
+def branches_at_hand(sampler: FlowTurbo, first: int) -> tuple[int, ...]:
+    """How many branches each velocity has that is at hand before step number `first`."""
+    at_hand: list[int] = []
+    for step, instants in zip(sampler.steps[:first], sampler.guidance.instants(sampler.steps)):
+        new = [2 if instant.null or instant.weights else 1 for instant in instants]
+        at_hand = [(at_hand + new)[k] for k in step.keeps]
+    return tuple(at_hand)
+
+
+def pack(state: State, target: Tensor) -> Tensor:
+    """Records (N, channels, h, w): x, the branches of each velocity, and the target, one below another."""
+    branches = [branch for v in state.velocities for branch in v.split(len(state.x))]
+    return torch.cat([state.x, *branches, target], dim=1)
+
+
+def unpack(records: Tensor, branches: Sequence[int]) -> tuple[State, Tensor]:
+    """The state and the target of records; `branches` as of `branches_at_hand`."""
+    x, *rest, target = records.chunk(2 + sum(branches), dim=1)
+    parts = iter(rest)
+    return State(x, tuple(torch.cat(list(islice(parts, count))) for count in branches)), target
+
+
+def _rmse(errors: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(errors)).mean().sqrt())

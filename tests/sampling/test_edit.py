@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import edit as script
+from flowturbo.data.classes import ClassNames
+from flowturbo.data.pictures import from_uint8
+from flowturbo.models import SiT
+from flowturbo.networks.autoencoder import NoAutoencoder, load_autoencoder
+from flowturbo.sampling import EditOptions, edit
+from flowturbo.sampling.editing import Editor
+from flowturbo.sampling.generate import Networks
+from flowturbo.sampling.options import SamplingOptions
+
+PLAIN = SamplingOptions(cfg_scale=1.0)
+
+
+def picture(height, width, channels=3, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=random)
+
+
+@pytest.fixture
+def networks(randomise):
+    """Of RGB pixels, 8x8 in 10 classes."""
+    config = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 4, "num_classes": 10}
+    predictor = randomise(SiT(**config, in_channels=3), 1)
+    return Networks(predictor, None, NoAutoencoder(), torch.device("cpu"), class_names=None)
+
+
+@pytest.fixture
+def latent_networks(predictor, vae_folder):
+    """Of 8x8 latents with an autoencoder, 16x16 pixels."""
+    return Networks(predictor, None, load_autoencoder(str(vae_folder)), torch.device("cpu"))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bytes_outside_the_mask_are_the_originals(seed, networks, latent_networks):
+    """Over random masks, schedules, sizes, methods, strengths and feathers."""
+    random = np.random.default_rng(seed)
+    schedule = str(random.choice(["E2", "H1P1", "P3@shift2", "H2"]))
+    keep_size = bool(seed % 2)
+    model = latent_networks if seed % 3 == 0 else networks
+    side = model.image_size
+    height, width = (side + int(n) for n in random.integers(0, 9, 2)) if keep_size else (side, side)
+    image = picture(height, width, seed=seed)
+    mask = torch.from_numpy((random.random((height, width)) < 0.4) * random.integers(1, 256, (height, width)))
+    mask = mask.to(torch.uint8)
+    mask[height // 2, width // 2] = 255
+    change = {"from_class": 2, "method": str(random.choice(["flowedit", "invert"]))} if seed >= 3 else {}
+    options = EditOptions(
+        schedule,
+        to_class=7,
+        strength=float(random.uniform(0.2, 1)),
+        feather=int(random.integers(0, 3)),
+        keep_size=keep_size,
+        **change,
+    )
+    made = edit(model, image, options, PLAIN, mask)
+    assert made.images.shape == (1, *image.shape)
+    outside = (mask == 0).expand(1, 3, -1, -1)
+    assert int((made.images != image)[outside].sum()) == 0
+    assert bool((made.images != image)[~outside].any())
+
+
+def test_without_composing_latents_change_the_bytes_around_too(latent_networks):
+    image, mask = picture(16, 16), torch.zeros(16, 16, dtype=torch.uint8)
+    mask[4:8, 4:8] = 255
+    raw = edit(latent_networks, image, EditOptions("E2", 1, composite=False), PLAIN, mask).images
+    assert bool((raw != image)[0, :, 12:].any())
+
+
+def test_the_result_is_put_back_into_the_whole_image(networks):
+    image = picture(40, 30)
+    options = EditOptions("E2", 3, keep_size=True)
+    made = edit(networks, image, options, PLAIN)
+    assert made.images.shape == (1, 3, 40, 30)
+    assert made.images[0, :, :5].equal(image[:, :5])  # above the centre square
+    assert not made.images[0, :, 5:35].equal(image[:, 5:35])
+    assert edit(networks, image, EditOptions("E2", 3), PLAIN).images.shape == (1, 3, 8, 8)
+
+
+# What is generated
+
+
+def test_result_k_depends_on_the_seed_and_k_alone(networks):
+    image = picture(8, 8)
+    three = edit(networks, image, EditOptions("H1P1", 3, num_images=3, resample=2), PLAIN).images
+    one = edit(networks, image, EditOptions("H1P1", 3, resample=2), PLAIN).images
+    other = edit(networks, image, EditOptions("H1P1", 3), SamplingOptions(cfg_scale=1.0, seed=1)).images
+    assert (three[:1].int() - one.int()).abs().max() <= 1
+    assert not three[1].equal(three[0])
+    assert not other.equal(one)
+
+
+def test_a_weak_edit_stays_near_the_image_and_a_strong_one_does_not(networks):
+    image = picture(8, 8)
+    changes = [
+        (edit(networks, image, EditOptions("H4", 3, strength=s), PLAIN).images - image.float()).abs().mean()
+        for s in (0.01, 0.3, 1.0)
+    ]
+    assert changes[0] < 3 < changes[1] < changes[2]
+
+
+def test_evaluations_of_every_method(networks):
+    def count(**options):
+        editor = Editor(networks, EditOptions("H1P2", 3, **options), PLAIN)
+        calls = []
+        handle = networks.predictor.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+        editor.edit(picture(8, 8))
+        handle.remove()
+        assert sum(calls) == editor.evaluations[0]
+        return editor.evaluations
+
+    assert count() == (4, 0)
+    assert count(resample=3) == (12, 0)
+    assert count(from_class=1) == (8, 0)
+    assert count(from_class=1, method="invert") == (8, 0)
+
+
+def test_removal_generates_without_a_class(networks):
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[2:6, 2:6] = 255
+    labels = []
+    networks.predictor.register_forward_hook(lambda _, inputs, __: labels.append((inputs[2].tolist(), inputs[3])))
+    edit(networks, picture(8, 8), EditOptions("E2", remove=True), SamplingOptions(cfg_scale=4.0), mask)
+    assert labels == [([10], None)] * 2  # the null class; guidance has nothing to tell apart
+    labels.clear()
+    edit(networks, picture(8, 8), EditOptions("E2", 4, remove=True), PLAIN, mask)
+    assert labels == [([4], None)] * 2
+
+
+def test_the_noise_of_an_image_makes_it_again(networks):
+    editor = Editor(networks, EditOptions("H40", 3), SamplingOptions(cfg_scale=1.5))
+    image = picture(8, 8)
+    noise = editor.invert(image)
+    assert not torch.allclose(noise, from_uint8(image[None]), atol=0.1)
+    assert (editor.restore(noise).int() - image.int()).abs().max() <= 2
+    with pytest.raises(ValueError, match="noise of shape"):
+        editor.restore(noise[..., :4])
+
+
+def test_steps_are_kept_on_demand(networks):
+    kept = Editor(networks, EditOptions("H1P2", 3), PLAIN, keep_steps=True).edit(picture(8, 8))
+    assert [step.shape for step in kept.steps] == [(1, 3, 8, 8)] * 4
+    assert kept.steps[-1].equal(kept.images)
+    assert kept.images.equal(edit(networks, picture(8, 8), EditOptions("H1P2", 3), PLAIN).images)
+    assert edit(networks, picture(8, 8), EditOptions("H1P2", 3), PLAIN).steps == []
+
+
+def test_classes_go_by_the_models_names(networks):
+    names = ClassNames(tuple(f"kind {k}" for k in range(10)), (1,) * 10)
+    named = Networks(networks.predictor, None, networks.autoencoder, networks.device, class_names=names)
+    by_name = edit(named, picture(8, 8), EditOptions("E2", "kind 6"), PLAIN).images
+    assert by_name.equal(edit(networks, picture(8, 8), EditOptions("E2", 6), PLAIN).images)
+    with pytest.raises(ValueError, match="'kind 11' is no class"):
+        edit(named, picture(8, 8), EditOptions("E2", "kind 11"), PLAIN)
+
+
+@pytest.mark.slow
+def test_sit_xl_with_its_autoencoder(randomise):
+    from benchmarks.variants import stable_diffusion_autoencoder
+    from flowturbo.models import SIT_CONFIGS
+    from flowturbo.networks.autoencoder import Autoencoder
+
+    predictor = randomise(SiT(**SIT_CONFIGS["SiT-XL/2"]), 1, 0.02)
+    networks = Networks(predictor, None, Autoencoder(stable_diffusion_autoencoder()), torch.device("cpu"))
+    image, mask = picture(256, 256), torch.zeros(256, 256, dtype=torch.uint8)
+    mask[100:171, 90:200] = 255
+    made = edit(networks, image, EditOptions("E1", "golden retriever", feather=4), PLAIN, mask).images[0]
+    assert made[:, mask == 0].equal(image[:, mask == 0])
+    assert not made[:, mask == 255].equal(image[:, mask == 255])
+
+
+# The command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """cat.png of 8x8, its mask, and a larger image."""
+    Image.fromarray(picture(8, 8).permute(1, 2, 0).numpy()).save(tmp_path / "cat.png")
+    Image.fromarray(picture(12, 20).permute(1, 2, 0).numpy()).save(tmp_path / "large.png")
+    values = np.zeros((8, 8), np.uint8)
+    for name, level in (("black", 0), ("white", 255)):
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / f"{name}.png")
+    values[2:6, 3:8] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    (tmp_path / "text.png").write_text("no image")
+    return tmp_path
+
+
+@pytest.fixture
+def run(files, pixel_models, capsys, monkeypatch):
+    """run(*flags) -> what was printed, in the folder of `files`."""
+    monkeypatch.chdir(files)
+
+    def call(*flags, schedule="H1P1"):
+        flags = [*pixel_models, "--device", "cpu", "--schedule", schedule, *map(str, flags)]
+        script.main(flags)
+        return capsys.readouterr().out
+
+    return call
+
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_the_commands_of_its_help(run, files):
+    assert run("--image", "cat.png", "--class", 3, "--strength", 0.6, "--out", "a.png").endswith("saved a.png\n")
+    assert read("a.png").shape == (8, 8, 3)
+    assert "saved edits/cat-inpaint.png" in run("--image", "cat.png", "--mask", "mask.png", "--class", 3)
+    kept = read("mask.png") == 0
+    assert np.array_equal(read("edits/cat-inpaint.png")[kept], read("cat.png")[kept])
+    assert "saved edits/cat-remove.png" in run("--image", "cat.png", "--mask", "mask.png", "--remove")
+    said = run("--image", "cat.png", "--from-class", 1, "--to-class", 2)
+    assert "H1P1   6 evaluations   cfg 4" in said
+    assert "saved edits/cat-flowedit.png" in said
+    run("--image", "cat.png", "--from-class", 1, "--to-class", 2, "--method", "invert")
+    run("--image", "cat.png", "--class", 1, "--cfg-scale", 1, "--invert", "--out", "noise.pt", schedule="H30")
+    run("--noise", "noise.pt", "--cfg-scale", 1, "--out", "again.png", schedule="H30")
+    assert np.abs(read("again.png") - read("cat.png")).max() <= 2
+
+
+def test_several_results_comparisons_and_trajectories(run, files):
+    run("--image", "cat.png", "--class", 3, "--num-images", 2, "--out", "b.png")
+    assert not np.array_equal(read("b-0.png"), read("b-1.png"))
+    strip = ["--steps-picture", "steps.png"]
+    said = run("--image", "cat.png", "--class", 3, "--compare", "H2", "h1r1", "--out", "c.png", *strip)
+    assert "H2   4 evaluations" in said
+    assert "H1R1   2 + 2 evaluations" in said
+    assert Image.open("c.png").height > 3 * 32
+    assert Image.open("steps.png").width >= 3 * 32
+    run("--image", "cat.png", "--class", 3, "--steps-picture", "steps.gif", schedule="E5")
+    assert Image.open("steps.gif").n_frames == 6
+
+
+def test_an_image_of_another_size_is_told_of(run, files):
+    said = run("--image", "large.png", "--class", 3, "--out", "d.png")
+    assert "large.png: 20 x 12 pixels, cropped to 8 x 8 as in training (--keep-size puts the result back)" in said
+    run("--image", "large.png", "--class", 3, "--keep-size", "--out", "e.png")
+    assert read("e.png").shape == (12, 20, 3)
+    assert np.array_equal(read("e.png")[:, :4], read("large.png")[:, :4])
+
+
+BAD = [
+    (["--class", 3], "expected image, or the noise"),
+    (["--image", "cat.png"], "expected to_class"),
+    (["--image", "gone.png", "--class", 3], "cannot read image 'gone.png': No such file"),
+    (["--image", "text.png", "--class", 3], "cannot read image 'text.png'"),
+    (["--image", "cat.png", "--class", 10], "class 10 is outside this model's classes 0 to 9"),
+    (["--image", "cat.png", "--class", "tabby"], "a model of 10 classes takes indices"),
+    (["--image", "cat.png", "--class", 3, "--strength", 0], "strength 0 must lie in (0, 1]"),
+    (["--image", "cat.png", "--class", 3, "--strength", 1.2], "strength 1.2 must lie in (0, 1]"),
+    (["--image", "cat.png", "--class", 3, "--strength", "nan"], "strength nan must lie in (0, 1]"),
+    (["--image", "large.png", "--class", 3, "--mask", "mask.png"], "the mask has 8 x 8 pixels, the image 20 x 12"),
+    (["--image", "cat.png", "--class", 3, "--mask", "black.png"], "the mask is all black"),
+    (["--image", "cat.png", "--class", 3, "--mask", "white.png"], "the mask is all white"),
+    (["--image", "cat.png", "--class", 3, "--mask", "text.png"], "cannot read image 'text.png'"),
+    (["--image", "cat.png", "--remove"], "remove needs a mask"),
+    (["--image", "cat.png", "--class", 3, "--compare", "R2H1"], "a schedule cannot start with R"),
+    (["--image", "cat.png", "--class", 3, "--compare", "dopri5"], "an edit takes a schedule of blocks, not dopri5"),
+    (["--image", "cat.png", "--class", 3, "--method", "flowedit"], "needs to_class and from_class"),
+    (["--image", "cat.png", "--from-class", 3], "needs to_class and from_class"),
+    (["--image", "cat.png", "--class", 3, "--from-class", 1, "--method", "sdedit"], "sdedit knows no old class"),
+    (["--image", "cat.png", "--class", 3, "--from-class", 1, "--resample", 2], "are for the method sdedit"),
+    (
+        ["--image", "cat.png", "--class", 3, "--from-class", 1, "--method", "invert", "--num-images", 2],
+        "so there is one result",
+    ),
+    (["--image", "cat.png", "--class", 3, "--num-images", 0], "must be at least 1"),
+    (["--image", "cat.png", "--class", 3, "--out", "a.jpg"], "out 'a.jpg' must end in .png"),
+    (["--image", "cat.png", "--class", 3, "--invert"], "invert needs image and out"),
+    (["--image", "cat.png", "--class", 3, "--invert", "--out", "a.png"], "out 'a.png' must end in .pt"),
+    (["--image", "cat.png", "--noise", "n.pt"], "expected image, or the noise"),
+    (["--noise", "gone.pt"], "No such file"),
+    (["--noise", "cat.png"], "noise 'cat.png' is no file that inversion writes"),
+    (["--image", "cat.png", "--class", 3, "--steps-picture", "a.mp4"], "must end in .png or .gif"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=lambda value: " ".join(map(str, value))[:60])
+def test_bad_input_is_one_line_and_writes_nothing(flags, message, run, files):
+    before = sorted(files.rglob("*"))
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(*flags)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path for path in files.rglob("*") if path.is_file()) == [path for path in before if path.is_file()]

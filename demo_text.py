@@ -59,7 +59,7 @@ SIZE_FLAGS = ["--height", "8", "--width", "16"]
 PREDICTOR_FLAGS = [
     *("--target", "predictor", *SIZE_FLAGS, "--global-batch-size", "48", "--lr", "1e-3", "--warmup", "200"),
     *("--clip-grad", "1", "--ema-decay", "0.999", "--time-distribution", "uniform"),
-    *("--steps", "3600"),
+    *("--steps", "800"),
 ]
 REFINER_FLAGS = [
     *("--target", "refiner", *SIZE_FLAGS, "--global-batch-size", "48", "--lr", "1e-3", "--warmup", "50"),
@@ -74,7 +74,7 @@ class Options:
     from_scratch: bool = option(False, "train the transformer instead of taking assets/")
     update_assets: bool = option(False, "keep that transformer as the one under assets/")
     out: str = option("demo-text", "everything is written here, afresh", metavar="DIR")
-    per_pair: int = option(4, "samples of each of the 100 pairs in every row")
+    per_pair: int = option(2, "samples of each of the 100 pairs in every row")
     refiner_steps: int | None = option(None, "training steps of the refiner")
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ def sample(out: Path, refiner: Path, captions: list[str]) -> list[Measured]:
     pipe = open_pipeline(options, torch.device("cpu"), torch.float32)
     network = FlowRefiner.from_pretrained(refiner)
     samplers = [TextSampler(pipe, Row.parse(name), options, network) for name in ROWS]
-    return measure(samplers, 0, captions, 100, reference=TextSampler(pipe, Row.parse("A32"), options))
+    return measure(samplers, 0, captions, 50, reference=TextSampler(pipe, Row.parse("A32"), options))
 
 
 def score(images: Tensor, pairs: Sequence[tuple[int, int]]) -> Scores:

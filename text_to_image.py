@@ -64,7 +64,7 @@ def benchmark(argv: Sequence[str]) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """Train a refiner for a pipeline, or the pipeline's network itself, on captioned images."""
-    (*groups,) = cli.parse(_parser(train), argv, KINDS, sample_every=0)
+    (*groups,) = cli.parse(_parser(train), argv, KINDS, sample_every=0, note="t2i")
     options = TextTrainingOptions(*groups)
 
     from flowturbo.text_to_image import training

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 with FlowTurbo: second order instead of Euler's steps, in one line; then a refiner.
 
 python examples/sd3.py "a red fox in the snow"                       # 8 evaluations instead of 28
-python examples/sd3.py "a red fox in the snow" --refiner runs/000-refiner-t2i-no-note/network
+python examples/sd3.py "a red fox in the snow" --refiner runs/000-refiner-t2i/network
 """
 
 from __future__ import annotations

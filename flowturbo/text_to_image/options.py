@@ -10,27 +10,19 @@ from typing import Any
 
 from flowturbo.configurations import PRECISIONS
 from flowturbo.sampling.options import DEVICE_HELP
-from flowturbo.system.options import option, seed
-from flowturbo.training.options import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    POSITIVE,
-    HardwareOptions,
-    Optimisation,
-    OutputOptions,
-    Range,
-    _Group,
-)
+from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Group, Range, option, seed
+from flowturbo.training.options import HardwareOptions, Optimisation, OutputOptions
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, TIME_DISTRIBUTIONS
 
 TARGETS = ("refiner", "predictor")
+STEPS = 10_000  # of a training run
 OFFLOADS = ("none", "model", "sequential")
 VELOCITIES = ("noise-data", "data-noise")
 
 
 @dataclass(frozen=True)
-class TextSamplingOptions(_Group):
+class TextSamplingOptions(Group):
     """A pipeline, and how it samples."""
 
     pipeline: str = option(help="a diffusers pipeline: a folder, or a name on the hub", metavar="DIR")
@@ -61,7 +53,7 @@ class TextSamplingOptions(_Group):
 
 
 @dataclass(frozen=True)
-class PromptOptions(_Group):
+class PromptOptions(Group):
     """What to sample."""
 
     prompts: tuple[str, ...] = option((), "one or more, in quotes", metavar="PROMPT", positional=True, nargs="*")
@@ -94,7 +86,7 @@ def read_lines(path: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class CaptionSetOptions(_Group):
+class CaptionSetOptions(Group):
     """The captions of a set of samples for evaluation."""
 
     prompts: str = option(help="one prompt a line; sample i takes line i, and again from the first", metavar="FILE")
@@ -110,7 +102,7 @@ class CaptionSetOptions(_Group):
 
 
 @dataclass(frozen=True)
-class MeasureOptions(_Group):
+class MeasureOptions(Group):
     """How rows are measured."""
 
     reference: str | None = option("A64", "the fine solution that rows are compared with", metavar="SCHEDULE")
@@ -118,7 +110,7 @@ class MeasureOptions(_Group):
 
 
 @dataclass(frozen=True)
-class WhatOptions(_Group):
+class WhatOptions(Group):
     """What is trained, for which pipeline."""
 
     pipeline: str = option(help="a diffusers pipeline: a folder, or a name on the hub", metavar="DIR")
@@ -128,7 +120,7 @@ class WhatOptions(_Group):
 
 
 @dataclass(frozen=True)
-class CaptionOptions(_Group):
+class CaptionOptions(Group):
     """What is trained on."""
 
     data_path: str = option(
@@ -148,7 +140,7 @@ class CaptionOptions(_Group):
 
 
 @dataclass(frozen=True)
-class RecipeOptions(_Group):
+class RecipeOptions(Group):
     """How a network is trained."""
 
     max_dt: float = option(
@@ -179,8 +171,7 @@ class CaptionOptimisation(Optimisation):
     """The paper's settings for text-to-image (section 4.1 and appendix)."""
 
     global_batch_size: int = option(16, "over all ranks", within=AT_LEAST_1, shapes=True)
-    steps: int = option(10_000, "updates", within=AT_LEAST_1)
-    epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)
+    steps: int = option(None, f"updates (default: {STEPS})", within=AT_LEAST_1)
     lr: float = option(
         2e-5, "learning rate", within=Range(lambda value: 0 < value < math.inf, "be positive and finite"), shapes=True
     )
@@ -193,22 +184,32 @@ class CaptionOptimisation(Optimisation):
         shapes=True,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", STEPS)
+
 
 @dataclass(frozen=True)
 class TextTrainingOptions:
-    """Everything about a run."""
+    """Everything about a run. Raises ValueError for what does not go together."""
 
     what: WhatOptions
     data: CaptionOptions
     recipe: RecipeOptions = RecipeOptions()
     optimisation: CaptionOptimisation = CaptionOptimisation()
     hardware: HardwareOptions = HardwareOptions()
-    output: OutputOptions = OutputOptions()
+    output: OutputOptions = OutputOptions(note="t2i", sample_every=0)
+
+    def __post_init__(self) -> None:
+        if self.output.sample_every:
+            raise ValueError("no images are sampled while a pipeline's networks train: expected sample_every 0")
 
     def settings(self) -> dict[str, Any]:
         """All fields of all groups, by name; JSON types."""
         groups = (self.what, self.data, self.recipe, self.optimisation, self.hardware, self.output)
-        return {name: value for group in groups for name, value in asdict(group).items()}
+        flat = {name: value for group in groups for name, value in asdict(group).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     def shaping(self) -> list[str]:
         """The names of the settings that shape the run."""

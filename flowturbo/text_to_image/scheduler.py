@@ -192,7 +192,7 @@ class FlowTurboScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
             if self.step_index != self._first:  # a pipeline that tells no begin_index
-                self._begin(self.step_index)
+                self._begin(self._step_index)
         number = self.current
         self._velocities[number] = VELOCITIES[self.config.velocity] * model_output
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))  # steps are too fine for half precision

@@ -49,19 +49,24 @@ class CaptionRun(AnyRun):
         return folder
 
 
-def begin(options: TextTrainingOptions, ranks: World, network: nn.Module, data: Mapping[str, Any]) -> CaptionRun:
+def begin(
+    options: TextTrainingOptions, ranks: World, network: nn.Module, data: Mapping[str, Any], images: int
+) -> CaptionRun:
     """A run that begins with this network, or goes on from the checkpoint that the options name.
 
     Raises TrainedOtherwise where what shapes the run has changed since, unless the options allow it.
     """
     dtype = pick_precision(options.hardware.precision, ranks.device)
-    state = State.new(network, ranks.device, options.optimisation, fp16=dtype == torch.float16)
+    optimisation = options.optimisation.over(images)
+    state = State.new(network, ranks.device, optimisation, fp16=dtype == torch.float16)
     record = {
         "model": {"class": type(network).__name__, **network.config},  # type: ignore[dict-item]
         "training": options.settings(),
         "data": dict(data),
     }
-    folder, checkpoint = ranks.agree(lambda: choose_folder(options.output, f"{options.what.target}-t2i"))
+    folder, checkpoint = ranks.agree(
+        lambda: choose_folder(options.output, f"{options.what.target}-{options.output.note}")
+    )
     if checkpoint is not None:
         before = state.load(checkpoint)
         changed = differences(before.get("training", {}), record["training"], options.shaping())
@@ -69,7 +74,7 @@ def begin(options: TextTrainingOptions, ranks: World, network: nn.Module, data: 
         if changed and not options.output.allow_changes:
             raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
     ranks.agree(lambda: write_record(folder / "config.json", record))
-    return CaptionRun(options.optimisation, options.output, ranks, state, folder, record, options)
+    return CaptionRun(optimisation, options.output, ranks, state, folder, record, options)
 
 
 def objective_for(
@@ -106,9 +111,12 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         samples = open_samples(
             cache, list(family_of(network).conditions), optimisation.seed, optimisation.class_dropout
         )
-        run = begin(options, ranks, network, data)
+        run = begin(options, ranks, network, data, len(samples))
         shift = options.recipe.shift or float(pipe.scheduler.config.get("shift") or 1)
         del pipe, encode  # autoencoder and text encoders have done their work
+        if options.hardware.compile:
+            for each in {network, teacher}:
+                each.compile()
         objective = objective_for(options, network, teacher, shift, dtype)
         return run.folder, _fit(run, samples, objective, stop)
 

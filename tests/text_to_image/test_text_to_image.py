@@ -63,7 +63,7 @@ def train(pipeline, pictures, results, *arguments):
             "--height", "8", "--num-workers", "0", "--device", "cpu", "--global-batch-size", "4", "--lr", "1e-3",
             "--clip-grad", "1", "--log-every", "1", *arguments,
         ])  # fmt: skip
-    return max(results.glob("*-t2i-*"))
+    return max(results.iterdir())
 
 
 def losses(run):
@@ -101,7 +101,7 @@ def test_other_settings_and_other_data_are_refused(pipeline, pictures, tmp_path)
 
 
 def test_the_network_itself_is_trained(pipeline, pictures, tmp_path):
-    run = train(pipeline, pictures, tmp_path, "--steps", "30", "--target", "predictor")
+    run = train(pipeline, pictures, tmp_path, "--epochs", "20", "--target", "predictor", "--note", "again")
     assert (run / NETWORK / "config.json").is_file()
     found = losses(run)
     assert np.mean(found[-5:]) < np.mean(found[:5])
@@ -148,6 +148,7 @@ def test_a_set_of_captions_for_evaluation(pipeline, tmp_path):
     [
         (["sample", "--pipeline", "nowhere-at-all", "a"], "nowhere-at-all"),
         (["sample", "--pipeline", "PIPELINE"], "no prompts"),
+        (["train", "--pipeline", "PIPELINE", "--data-path", "x", "--sample-every", "5"], "expected sample_every 0"),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "Q3"], "cannot read schedule 'Q3'"),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "H1P1R1"], "they need a refiner"),
         (["sample", "--pipeline", "PIPELINE", "a", "--device", "cpu", "--offload", "model"], "this device is cpu"),

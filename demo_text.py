@@ -162,7 +162,7 @@ def new_pipeline(folder: Path, weights: Path | None) -> None:
     if weights is None:
         transformer = SD3Transformer2DModel(**TRANSFORMER)
     else:
-        transformer = SD3Transformer2DModel.from_pretrained(weights, torch_dtype=torch.float32)
+        transformer = SD3Transformer2DModel.from_pretrained(weights, dtype=torch.float32)
     pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     pipe.save_pretrained(folder)
 

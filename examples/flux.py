@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(options.pipeline, dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
     pipe.scheduler = FlowTurboScheduler.from_config(pipe.scheduler.config, solver=options.solver)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=dtype, safety_checker=None).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, dtype=dtype, safety_checker=None).to(device)
     refiner = FlowRefiner.from_pretrained(options.refiner) if options.refiner else None
     schedule = "H1P6R3" if refiner else "A8"
     scheduler = apply_flowturbo(pipe, refiner, schedule, velocity="data-noise")

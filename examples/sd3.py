@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(options.pipeline, dtype=dtype).to(device)
     if options.refiner:
         refiner = FlowRefiner.from_pretrained(options.refiner)
         steps = apply_flowturbo(pipe, refiner, schedule="H1P5R3").evaluations

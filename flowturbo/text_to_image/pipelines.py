@@ -35,7 +35,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: torch.d
         parts = json.loads(index.read_text(encoding="utf-8"))
         missing = {part: None for part, value in parts.items() if value == [None, None]}
     diffusers.utils.logging.disable_progress_bar()
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **missing)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **missing)
     return pipe.to(device)
 
 

@@ -117,7 +117,7 @@ class FlowRefiner(nn.Module):
         if not (Path(folder) / RECORD).is_file() or not path.is_file():
             raise ValueError(f"folder {os.fspath(folder)!r} holds no refiner: expected config.json and {RECORD}")
         kind = getattr(diffusers, json.loads(path.read_text(encoding="utf-8"))["_class_name"])
-        return cls(kind.from_pretrained(folder, torch_dtype=dtype)).eval()
+        return cls(kind.from_pretrained(folder, dtype=dtype)).eval()
 
 
 def _card(refiner: FlowRefiner, record: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """FlowTurbo for text-to-image in a few minutes, on a real small model that needs no model hub.
 
 Two handwritten digits side by side (scikit-learn's, 8x16 pixels) under captions such as "a three next to a seven", a
-small SD3 transformer under assets/ that was trained on 90 of the 100 pairs, and MiniLM as its text encoder.
+small SD3 transformer under flowturbo/assets/ that was trained on 90 of the 100 pairs, and MiniLM as its text encoder.
 
 Usage:
   python demo_text.py                   # or: make demo-text
@@ -40,7 +40,7 @@ TEMPLATES = (
 HELD_OUT = frozenset((k, (k + 3) % 10) for k in range(10))  # pairs that no training sees
 IMAGES_PER_PAIR = 60
 
-ASSET = ROOT / "assets" / "digit-pairs"
+ASSET = ROOT / "flowturbo" / "assets" / "digit-pairs"
 # Rows of the table: as many evaluations of the predictor in each part, R beside the same without evaluations (L).
 ROWS = (
     *("Euler7", "UniPC7", "DPM++7", "H1P5", "A7", "M6"),
@@ -49,7 +49,7 @@ ROWS = (
 )
 GUIDANCE = 2.0
 
-# How the transformer under assets/ was made.
+# How the transformer under flowturbo/assets/ was made.
 TRANSFORMER = {
     "sample_size": 16, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 4, "attention_head_dim": 32,
     "num_attention_heads": 3, "joint_attention_dim": 384, "caption_projection_dim": 96, "pooled_projection_dim": 384,

@@ -1,6 +1,7 @@
 """FlowTurbo: fast sampling of frozen flow models.
 
     from flowturbo import FlowTurbo, Schedule, SiT, VelocityRefiner
+    sampler = FlowTurbo.from_name("colour")     # a small model that comes with the package
 
 Names load when they are first used, so that importing the package costs nothing.
 """
@@ -39,7 +40,10 @@ _BASES = {"SchedulerMixin": "text_to_image.scheduler"}
 
 def __getattr__(name: str) -> Any:
     if home := _HOMES.get(name) or _BASES.get(name):
-        return getattr(import_module(f"{__name__}.{home}"), name)
+        found = getattr(import_module(f"{__name__}.{home}"), name)
+        if name == "FlowTurbo":  # transport is mathematics and knows no files: what loads them is added here
+            found.from_name = classmethod(import_module(f"{__name__}.sampling.bundled").from_name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ class CaptionSet(SampleSet):
 
     captions: tuple[str, ...] = ()
 
-    def labels_of(self, numbers: Sequence[int]) -> list[int]:
-        return [number % len(self.captions) for number in numbers]
+    def _classes(self, k: int) -> list[int]:
+        return [number % len(self.captions) for number in self.folder.numbers(k)]
 
-    def conditions_of(self, labels: Sequence[int]) -> list[str]:
-        return [self.captions[label] for label in labels]
+    def _conditions(self, k: int) -> list[str]:
+        return [self.captions[label] for label in self._classes(k)]
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,15 @@ from torch import nn
 
 from flowturbo.networks.precision import pick_precision
 from flowturbo.system.claims import differences, write_record
+from flowturbo.system.code import made_by
 from flowturbo.system.distributed import World, world
-from flowturbo.system.files import exclusive
-from flowturbo.text_to_image.captions import CaptionSamples, encode_folder, open_samples
+from flowturbo.text_to_image.captions import encode_folder, open_samples
 from flowturbo.text_to_image.families import family_of, network_of
 from flowturbo.text_to_image.objective import VelocityMatching, VelocityRefinement
 from flowturbo.text_to_image.options import TextTrainingOptions
 from flowturbo.text_to_image.pipelines import load_pipeline
 from flowturbo.text_to_image.refined import FlowRefiner, refiner_from
-from flowturbo.training.log import RunLog
-from flowturbo.training.resume import TrainedOtherwise, choose_folder
+from flowturbo.training.resume import TrainedOtherwise, claimed
 from flowturbo.training.run import AnyRun
 from flowturbo.training.step import State
 from flowturbo.training.stopping import StopRequest
@@ -49,12 +48,14 @@ class CaptionRun(AnyRun):
         return folder
 
 
+@contextmanager
 def begin(
     options: TextTrainingOptions, ranks: World, network: nn.Module, data: Mapping[str, Any], images: int
-) -> CaptionRun:
-    """A run that begins with this network, or goes on from the checkpoint that the options name.
+) -> Iterator[CaptionRun]:
+    """Within it a run that begins with this network, or goes on from the checkpoint that the options name.
 
-    Raises TrainedOtherwise where what shapes the run has changed since, unless the options allow it.
+    Rank 0 holds the folder's lock. Raises TrainedOtherwise where what shapes the run has changed since, unless the
+    options allow it.
     """
     dtype = pick_precision(options.hardware.precision, ranks.device)
     optimisation = options.optimisation.over(images)
@@ -63,18 +64,18 @@ def begin(
         "model": {"class": type(network).__name__, **network.config},  # type: ignore[dict-item]
         "training": options.settings(),
         "data": dict(data),
+        "made_by": made_by(),
     }
-    folder, checkpoint = ranks.agree(
-        lambda: choose_folder(options.output, f"{options.what.target}-{options.output.note}")
-    )
-    if checkpoint is not None:
-        before = state.load(checkpoint)
-        changed = differences(before.get("training", {}), record["training"], options.shaping())
-        changed += differences(before.get("data", {}), record["data"])
-        if changed and not options.output.allow_changes:
-            raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
-    ranks.agree(lambda: write_record(folder / "config.json", record))
-    return CaptionRun(optimisation, options.output, ranks, state, folder, record, options)
+    name = f"{options.what.target}-{options.output.note}"
+    with ranks.hold(lambda: claimed(options.output, name)) as (folder, checkpoint):
+        if checkpoint is not None:
+            before = state.load(checkpoint)
+            changed = differences(before.get("training", {}), record["training"], options.shaping())
+            changed += differences(before.get("data", {}), record["data"])
+            if changed and not options.output.allow_changes:
+                raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
+        ranks.agree(lambda: write_record(folder / "config.json", record))
+        yield CaptionRun(optimisation, options.output, ranks, state, folder, record, options)
 
 
 def objective_for(
@@ -111,28 +112,16 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         samples = open_samples(
             cache, list(family_of(network).conditions), optimisation.seed, optimisation.class_dropout
         )
-        run = begin(options, ranks, network, data, len(samples))
         shift = options.recipe.shift or float(pipe.scheduler.config.get("shift") or 1)
         del pipe, encode  # autoencoder and text encoders have done their work
         if options.hardware.compile:
             for each in {network, teacher}:
                 each.compile()
         objective = objective_for(options, network, teacher, shift, dtype)
-        return run.folder, _fit(run, samples, objective, stop)
-
-
-def _fit(run: CaptionRun, samples: CaptionSamples, objective: CaptionLoss, stop: StopRequest) -> bool:
-    ranks, first = run.ranks, run.state.step
-    with (
-        exclusive(run.folder, patience=20) if ranks.is_main else nullcontext(),
-        RunLog(run.folder if ranks.is_main else None, run.optimisation.steps, first) as log,
-    ):
-        count = sum(p.numel() for p in run.state.model.parameters())
-        log.say(f"{run.options.what.target}: {count:,} parameters, {len(samples):,} captioned images")
-        run.fit(run.loader_of(samples, run.options.data.num_workers), objective, stop, log)
-        ranks.barrier()
-        if run.is_done and ranks.is_main:
-            log.say(f"done: {run.export()}")
-        elif not run.is_done:
-            log.say(f"stopped after step {run.state.step}; go on with the same command and --resume auto")
-    return run.is_done
+        with begin(options, ranks, network, data, len(samples)) as run:
+            count = sum(p.numel() for p in network.parameters())
+            said = f"{options.what.target}: {count:,} parameters, {len(samples):,} captioned images"
+            done = run.make_steps(run.loader_of(samples, options.data.num_workers), objective, stop, [said])
+            if done and ranks.is_main:
+                print(f"network: {run.export()}")
+            return run.folder, done

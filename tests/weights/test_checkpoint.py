@@ -14,7 +14,6 @@ from flowturbo.weights.checkpoint import (
     find_model,
     load_checkpoint,
     load_weights,
-    newest_checkpoint,
     resolve,
     save_checkpoint,
     weights_of,
@@ -194,38 +193,6 @@ def test_weights_of_another_network_are_listed():
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
-def test_the_newest_checkpoint_is_that_of_the_highest_step_of_the_last_run(tmp_path):
-    def make(run, *steps):
-        folder = CheckpointFolder(tmp_path / run / "checkpoints")
-        for step in steps:
-            folder.record(folder.path(step), save_checkpoint(folder.path(step), {"step": step}))
-
-    def newest(name="refiner-a"):
-        found = newest_checkpoint(tmp_path, name, warnings.append)
-        return found and (found.parent.parent.name, int(found.stem))
-
-    warnings = []
-    assert newest_checkpoint(tmp_path / "none", "refiner-a") is None
-    assert newest() is None
-    make("000-refiner-a", 900, 10_000_000)
-    make("001-refiner-a", 9, 10)
-    make("002-predictor-a", 1)
-    (tmp_path / "003-refiner-a" / "checkpoints").mkdir(parents=True)  # stopped before its first checkpoint
-    assert newest() == ("001-refiner-a", 10)
-    make("004-refiner-refiner-a", 3)  # another note
-    assert newest("predictor-a") == ("002-predictor-a", 1)
-    assert warnings == []
-    (tmp_path / "001-refiner-a/checkpoints/0000010.pt").write_bytes(b"damaged")
-    assert newest() == ("001-refiner-a", 9)
-    assert "0000010.pt is missing or damaged" in warnings[0]
-    with pytest.raises(ValueError, match=r"0000010\.pt' is damaged"):
-        load_checkpoint(tmp_path / "001-refiner-a/checkpoints/0000010.pt")
-    (tmp_path / "000-refiner-a/checkpoints/10000000.pt").unlink()
-    make("999-refiner-a", 1)
-    make("1000-refiner-a", 2)
-    assert newest() == ("1000-refiner-a", 2)
-
-
 def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=1)
 
@@ -248,6 +215,7 @@ def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):
 def test_a_run_stands_for_its_newest_whole_checkpoint(run, monkeypatch):
     told = []
     assert resolve(run, say=told.append) == run / "checkpoints" / "0000040.pt"
+    assert resolve(run / "checkpoints", say=told.append) == run / "checkpoints" / "0000040.pt"
     assert resolve(run / "checkpoints" / "0000005.pt") == run / "checkpoints" / "0000005.pt"
     (run / "checkpoints" / "0000040.pt").write_bytes(b"damaged")
     assert resolve(str(run), say=told.append) == run / "checkpoints" / "0000005.pt"
@@ -266,7 +234,7 @@ def test_what_stands_for_no_checkpoint_is_named(run, tmp_path):
     with pytest.raises(MissingWeights) as caught:
         resolve("SiT-XL-2-Refiner.pt")
     assert caught.value.assets == ["sit-xl-2-refiner"]
-    for folder in (tmp_path / "results", run / "checkpoints"):
+    for folder in (tmp_path / "results", tmp_path):
         with pytest.raises(ValueError, match=rf"^folder '{re.escape(str(folder))}' holds no checkpoint: expected "):
             resolve(folder)
 

@@ -25,7 +25,7 @@ class EditOptions:
     )
     from_class: str | int | None = option(None, "what the image shows, for a change of class", metavar="CLASS")
     remove: bool = option(
-        False, "fill the mask with what surrounds it: generated without a class, or of a background --class"
+        False, "fill the mask with what surrounds it: generated without a class, or of a background class that is given"
     )
     method: str | None = option(
         None,

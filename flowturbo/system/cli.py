@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,14 +55,40 @@ def new_parser(description: str | None, epilog: str | None = SPELLING) -> Parser
     return Parser(description=(description or "").strip(), epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
 
 
-def parse(parser: Parser, argv: Sequence[str] | None, kinds: Mapping[str, type], **defaults: Any) -> list[Any]:
+@dataclass(frozen=True)
+class Presets:
+    """A flag whose value sets the defaults of other fields: `values` of the fields by what the flag may say."""
+
+    flag: str
+    help: str
+    values: Mapping[str, Mapping[str, Any]]
+
+    def add_to(self, parser: Parser, argv: Sequence[str]) -> None:
+        """Add the flag to a parser that has the others, and set the defaults that the arguments ask for."""
+        action = parser.add_argument(self.flag, choices=tuple(self.values), help=self.help)
+        chosen = getattr(parser.parse_args(argv), action.dest)
+        declared = {each.dest for each in parser._actions}
+        values = self.values.get(chosen, {})
+        parser.set_defaults(**{name: value for name, value in values.items() if name in declared})
+
+
+def parse(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    kinds: Mapping[str, type],
+    presets: Presets | None = None,
+    **defaults: Any,
+) -> list[Any]:
     """Parse a command line, once, into options dataclasses: one for each group of flags, by its title in the help.
 
-    `defaults` replace those of fields. Raises what the dataclasses raise.
+    `defaults` replace those of fields, and `presets`, if any, both. Raises what the dataclasses raise.
     """
     for title, kind in kinds.items():
         add_flags(parser.group(title), kind, **defaults)
-    arguments = parser.parse_args(hyphenate(argv))
+    spelled = hyphenate(argv)
+    if presets is not None:
+        presets.add_to(parser, spelled)
+    arguments = parser.parse_args(spelled)
     return [read_flags(kind, arguments) for kind in kinds.values()]
 
 
@@ -124,8 +151,10 @@ def run_script(main: Callable[[], object], prints_result: bool = False) -> None:
 def print_anything() -> None:
     """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
-            stream.reconfigure(errors="backslashreplace")
+        # Not where something else has taken its place, nor where it fails since another file has.
+        with suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:

@@ -17,7 +17,7 @@ from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
 from flowturbo.networks.load import load_network
 from flowturbo.networks.precision import cast, pick_precision
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.sampling.generate import load_autoencoder_of
+from flowturbo.sampling.generate import check_guidance, load_autoencoder_of
 from flowturbo.training.options import TrainingOptions
 from flowturbo.training.trajectories import Trajectories
 from flowturbo.weights.checkpoint import resolve
@@ -81,8 +81,7 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
 def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajectories:
     """What recipe endpoint trains on. Raises ValueError for guidance of a predictor without a null class."""
     assert frozen.teacher is not None
-    if frozen.teacher.class_dropout_prob <= 0 and options.guidance.cfg_scale != 1:
-        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    check_guidance(frozen.teacher, options.guidance.guidance)
     settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
     count, seed = settings.pop("trajectories"), options.optimisation.seed
     data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
@@ -132,12 +131,13 @@ def report_on(options: TrainingOptions) -> None:
 
 
 def new_model(options: TrainingOptions, frozen: FrozenNetworks, data: TrainingData) -> SiT:
-    """The network to train, freshly initialised by torch's generator: a refiner shaped after its teacher, or a SiT.
+    """The network to train, freshly initialised by torch's generator: a refiner shaped after its teacher where nothing
+    else is said, or a SiT.
 
     Raises ValueError for sizes that do not divide.
     """
     if frozen.teacher is not None:
-        return VelocityRefiner(**{**frozen.teacher.config, "depth": 1})
+        return VelocityRefiner(**{**frozen.teacher.config, "depth": 1, **options.predictor.given_size()})
     if data.image_size % frozen.autoencoder.factor:
         raise ValueError(f"image_size {data.image_size} is not a multiple of {frozen.autoencoder.factor}")
     return SiT(

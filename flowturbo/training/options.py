@@ -66,15 +66,18 @@ class DataOptions(Group):
         parse_background(self.background)
 
 
+SIZE_HELP = "in place of the named size's (of a refiner: of its predictor's)"
+
+
 @dataclass(frozen=True)
 class PredictorOptions(Group):
-    """Which predictor is trained, and how. What is None is the named size's."""
+    """Which predictor is trained, and how. What is None is the named size's; of a refiner, its predictor's."""
 
     model: str = option("SiT-XL/2", "named size", choices=tuple(SIT_CONFIGS))
-    hidden_size: int | None = option(None, "in place of the named size's", within=AT_LEAST_1)
-    depth: int | None = option(None, "in place of the named size's", within=AT_LEAST_1)
-    num_heads: int | None = option(None, "in place of the named size's", within=AT_LEAST_1)
-    patch_size: int | None = option(None, "in place of the named size's", within=AT_LEAST_1)
+    hidden_size: int | None = option(None, SIZE_HELP, within=AT_LEAST_1)
+    depth: int | None = option(None, "in place of the named size's (of a refiner: of 1)", within=AT_LEAST_1)
+    num_heads: int | None = option(None, SIZE_HELP, within=AT_LEAST_1)
+    patch_size: int | None = option(None, SIZE_HELP, within=AT_LEAST_1)
     channels: int = option(3, "of the images, where there is no autoencoder", choices=(1, 3))
     num_classes: int | None = option(None, "(default: the number of class folders)", within=AT_LEAST_1)
     learn_sigma: bool = option(True, "the unused second half of output channels that public SiT checkpoints have")
@@ -86,10 +89,14 @@ class PredictorOptions(Group):
         shapes=True,
     )
 
+    def given_size(self) -> dict[str, int]:
+        """SiT's keywords that are given."""
+        given = {name: getattr(self, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
+        return {name: value for name, value in given.items() if value is not None}
+
     def size(self) -> dict[str, int]:
         """SiT's keywords: those of the named size, and what stands in their place."""
-        given = {name: getattr(self, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
-        return {**SIT_CONFIGS[self.model], **{name: value for name, value in given.items() if value is not None}}
+        return {**SIT_CONFIGS[self.model], **self.given_size()}
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Optimisation(Group):
         None, "over all ranks (default: refiner 18, recipe endpoint 64, predictor 256)", within=AT_LEAST_1, shapes=True
     )
     steps: int = option(
-        None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1
+        None, "updates (default: refiner 30000, recipe endpoint 2000, predictor 400000)", within=AT_LEAST_1
     )
     max_hours: float | None = option(None, "stop cleanly, with a checkpoint, after so many hours", within=POSITIVE)
     epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)

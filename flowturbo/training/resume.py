@@ -28,6 +28,7 @@ from flowturbo.training.run import Run
 from flowturbo.training.step import State
 from flowturbo.weights.cache import locate
 from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder, is_run, resolve
+from flowturbo.weights.info import without_folders
 
 PATIENCE = 20  # seconds to wait for a folder's lock: a killed run's workers linger, and one that stops still saves
 
@@ -70,7 +71,7 @@ def begin(
             if ranks.is_main and of_other_code(before):
                 print("note: the code has changed since the checkpoint was made: results may differ from its own")
         ranks.agree(lambda: write_record(folder / "config.json", record))
-        yield Run(options, optimisation, ranks, state, folder, record, frozen)
+        yield Run(optimisation, options.output, ranks, state, folder, record, options, frozen)
 
 
 @contextmanager
@@ -158,13 +159,19 @@ def refuse_changes(
     changed, shaping = [], options.shaping()
     if settings:
         settings = {**{name: default for name, default in shaping.items() if default is not None}, **settings}
-        changed = differences(settings, now["training"], [name for name in shaping if name in settings])
+        names = [name for name in shaping if name in settings]
+        changed = differences(_last_parts(settings), _last_parts(now["training"]), names)
     changed += data_changes(data_record, data)
     changed += content_changes(before, now)
     if other := [name for name, value in now["model"].items() if network.get(name) != value]:
         changed.append(f"the network has another {', '.join(other)}")
     if changed:
         raise TrainedOtherwise(f"checkpoint {str(checkpoint)!r} was trained otherwise: {'; '.join(changed)}")
+
+
+def _last_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the last parts of paths, which is what checkpoints hold of them; texts alone are looked at."""
+    return {name: without_folders(v, name) if isinstance(v, str) else v for name, v in settings.items()}
 
 
 def of_other_code(before: Mapping[str, Any]) -> bool:
@@ -183,9 +190,9 @@ def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if before["autoencoder"] != now["autoencoder"]:
             changed.append("the autoencoder has other weights")
     elif settings:
-        changed += differences(settings, now["training"], ["vae_ckpt"])
+        changed += differences(_last_parts(settings), _last_parts(now["training"]), ["vae_ckpt"])
     if settings and not _has_labels(before.get("data")):
-        changed += differences(settings, now["training"], ["class_map"])
+        changed += differences(_last_parts(settings), _last_parts(now["training"]), ["class_map"])
     maker = before.get("made_by")
     if isinstance(maker, Mapping) and maker.get("torch") != now["made_by"]["torch"]:
         changed.append(f"torch was {shown(maker.get('torch'))}, is {shown(now['made_by']['torch'])}")

@@ -20,6 +20,7 @@ from flowturbo.training import resume
 from flowturbo.training.options import DataOptions, Optimisation, OutputOptions, PredictorOptions, TrainingOptions
 from flowturbo.training.resume import TrainedOtherwise, claimed, new_folder, refuse_changes
 from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint
+from flowturbo.weights.info import without_folders
 
 OLD = runs.ROOT / "tests" / "compatibility" / "v0.1.0"
 
@@ -288,3 +289,15 @@ def test_other_images_are_told(old_run):
         train.main([*old_run, "--resume", "auto"])
     train.main([*old_run, "--resume", "auto", "--allow-changes", "--steps", "5"])
     assert Path("results/000-predictor-no-note/checkpoints/0000005.pt").is_file()
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_holds_the_last_parts_of_paths(data, change):
+    opened = ClassFolder(data, 8, 1)
+    given = replace(OPTIONS.data, vae_ckpt="/home/me/vae", class_map="../maps/mine.json")
+    now = replace(OPTIONS, data=given)
+    before = without_folders(record(now, data=opened.identity().record()))
+    del before["autoencoder"]  # as earlier versions left it: the name is all there is
+    assert before["training"]["vae_ckpt"] == "vae"
+    change(now, before)
+    with pytest.raises(TrainedOtherwise, match="vae_ckpt 'vae', not 'other'"):
+        change(replace(OPTIONS, data=replace(given, vae_ckpt="/home/me/other")), before)

@@ -42,6 +42,7 @@ def test_recipe_endpoint_has_defaults_of_its_own_and_its_trajectories_shape_it()
     paper = train.parse(["--data-path", "d", "--model-teacher-ckpt", "t"])
     assert not shaping & paper.shaping().keys()
     assert not predictor(refiner=RefinerOptions(recipe="endpoint")).by_end_points
+    assert RefinerOptions(schedule="h1 p1p4 r1") == RefinerOptions(schedule="H1P5R1")
 
 
 def test_flags_of_both_spellings_are_one_value():

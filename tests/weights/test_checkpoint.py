@@ -215,6 +215,7 @@ def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):
 def test_a_run_stands_for_its_newest_whole_checkpoint(run, monkeypatch):
     told = []
     assert resolve(run, say=told.append) == run / "checkpoints" / "0000040.pt"
+    assert resolve(run / "checkpoints", say=told.append) == run / "checkpoints" / "0000040.pt"
     assert resolve(run / "checkpoints" / "0000005.pt") == run / "checkpoints" / "0000005.pt"
     (run / "checkpoints" / "0000040.pt").write_bytes(b"damaged")
     assert resolve(str(run), say=told.append) == run / "checkpoints" / "0000005.pt"
@@ -233,7 +234,7 @@ def test_what_stands_for_no_checkpoint_is_named(run, tmp_path):
     with pytest.raises(MissingWeights) as caught:
         resolve("SiT-XL-2-Refiner.pt")
     assert caught.value.assets == ["sit-xl-2-refiner"]
-    for folder in (tmp_path / "results", run / "checkpoints"):
+    for folder in (tmp_path / "results", tmp_path):
         with pytest.raises(ValueError, match=rf"^folder '{re.escape(str(folder))}' holds no checkpoint: expected "):
             resolve(folder)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
@@ -95,7 +95,7 @@ def _parser(command: Callable[..., None]) -> cli.Parser:
     return parser
 
 
-def _parse(command: Callable[..., None], argv: Sequence[str], more: dict[str, type] | None = None, **defaults: int):
+def _parse(command: Callable[..., None], argv: Sequence[str], more: dict[str, type] | None = None, **defaults: Any):
     kinds = {"what to sample": PromptOptions, "sampling": TextSamplingOptions, **(more or {})}
     return cli.parse(_parser(command), argv, kinds, **defaults)
 

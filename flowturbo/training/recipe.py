@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowturbo.sampling.options import REFINER_STEP_HELP
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.options import AT_LEAST_1, Group, Range, option
 from flowturbo.transport.blocks import BLOCKS, REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, RECIPES
@@ -44,12 +45,14 @@ class RefinerOptions(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        schedule, reference = Schedule.parse(self.schedule), Schedule.parse(self.reference)
-        object.__setattr__(self, "schedule", str(schedule))  # in one spelling: checkpoints record it
+        reference, spec = Schedule.parse(self.reference), parse_sampler(self.schedule)
+        if isinstance(spec.schedule, Schedule):  # in one spelling: checkpoints record it
+            object.__setattr__(self, "schedule", str(spec))
         object.__setattr__(self, "reference", str(reference))
         if reference.has_refiner:
             raise ValueError(f"reference {reference} must be of the predictor alone, without R")
         if self.recipe == ENDPOINT:
+            schedule = Schedule.parse(self.schedule)
             tail = schedule.blocks[len(schedule.prefix) :]
             if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
                 raise ValueError(

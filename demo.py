@@ -1,7 +1,7 @@
 """FlowTurbo in a few minutes: real images, a trained predictor, a refiner trained on the spot, and the figures.
 
 Writes scikit-learn's 1 797 handwritten digits as a folder of classes, trains a velocity refiner for the predictor
-under assets/ through torchrun, samples Heun and FlowTurbo schedules from the same noise with
+that comes with the package through torchrun, samples Heun and FlowTurbo schedules from the same noise with
 sample_ddp_feature.py, measures them with evaluator.py, and draws them side by side.
 
 Usage:
@@ -25,6 +25,7 @@ from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptio
 from flowturbo.system import cli
 from flowturbo.system.options import option
 from flowturbo.transport.schedule import Schedule
+from flowturbo.weights.registry import MODELS, PACKAGED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from flowturbo.evaluation import FeatureSet
 
 ROOT = Path(__file__).resolve().parent
-PREDICTOR = ROOT / "assets" / "digits-predictor.pt"
+PREDICTOR, REFINER = PACKAGED / MODELS["digits"].predictor_ckpt, PACKAGED / MODELS["digits"].refiner_ckpt
 BOOTSTRAP = 50
 
 # (schedule, form of the R block). Beside each refiner stand its rivals: the line through the velocities at hand in the
@@ -54,7 +55,7 @@ ROWS = [
     ("H1P3R1", "single"),
 ]
 
-# How the predictor under assets/ was made.
+# How the predictor in the package was made.
 PREDICTOR_FLAGS = [
     *("--target", "predictor", "--vae-ckpt", "none", "--image-size", "8", "--channels", "1", "--no-flip"),
     *("--patch-size", "2", "--hidden-size", "96", "--depth", "6", "--num-heads", "6", "--no-learn-sigma"),
@@ -70,8 +71,8 @@ REFINER_FLAGS = [
 class Options:
     """What the demo does. Raises ValueError for impossible values."""
 
-    from_scratch: bool = option(False, "train the predictor instead of taking assets/")
-    update_assets: bool = option(False, "keep that predictor as the one under assets/")
+    from_scratch: bool = option(False, "train the predictor instead of taking the package's")
+    update_assets: bool = option(False, "keep it and its refiner as the package's")
     out: str = option("demo", "everything is written here, afresh", metavar="DIR")
     num_images: int = option(1797, "samples per schedule")
     refiner_steps: int | None = option(None, "training steps of the refiner")
@@ -80,7 +81,7 @@ class Options:
         if self.num_images < 2 or (self.refiner_steps is not None and self.refiner_steps < 1):
             raise ValueError("num_images must be at least 2, refiner_steps at least 1")
         if self.update_assets and not self.from_scratch:
-            raise ValueError("update_assets keeps a predictor that from_scratch trains: expected both")
+            raise ValueError("update_assets keeps the predictor that from_scratch trains: expected both")
         out = Path(self.out)
         if out.exists() and not (out / "digits").is_dir() and any(out.iterdir()):
             raise ValueError(f"out {self.out!r} holds something else than a demo: expected another folder")
@@ -123,10 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("2a. training the predictor")
         predictor = train(out, "predictor", PREDICTOR_FLAGS)
         if options.update_assets:
-            predictor = keep_as_asset(predictor)
+            predictor = keep_as_asset(predictor, PREDICTOR)
     print(f"2. training a velocity refiner for {predictor}")
     steps = ["--steps", str(options.refiner_steps)] if options.refiner_steps else []
     refiner = train(out, "refiner", ["--model-teacher-ckpt", str(predictor), *REFINER_FLAGS, *steps])
+    if options.update_assets:
+        refiner = keep_as_asset(refiner, REFINER)
 
     from flowturbo.data.pictures import grid, save_png
 
@@ -182,14 +185,14 @@ def train(out: Path, target: str, flags: list[str]) -> Path:
     return sorted((out / "runs").glob(f"*-{target}-demo/checkpoints/*.pt"))[-1]
 
 
-def keep_as_asset(predictor: Path) -> Path:
-    """Export a predictor to assets/, in half precision since the file is in the repository; its place there."""
+def keep_as_asset(checkpoint: Path, place: Path) -> Path:
+    """Export a network to the package, in half precision since the file is in the repository; its place there."""
     import torch
 
     from flowturbo.weights.export import export_weights
 
-    export_weights(predictor, PREDICTOR, torch.float16)
-    return PREDICTOR
+    export_weights(checkpoint, place, torch.float16)
+    return place
 
 
 def statistics_of(folder: Path) -> FeatureSet:

@@ -231,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, prints_result=True)

@@ -1,6 +1,7 @@
 """Sample images with FlowTurbo: by default the eight classes of the original, SiT-XL/2 with its refiner, H1P5R3.
 
 Usage:
+  python sample.py --model colour                  # comes with the package: no download
   python sample.py
   python sample.py --classes "golden retriever" 980 volcano --cfg-scale 4 --seed 1
   python sample.py --compare H8 H1P5R3 dopri5      # one row per sampler, from the same noise
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import check_made_for, parse_sampler
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from flowturbo.transport.spec import SamplerSpec
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
+COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Options:
         "model's first eight)",
         metavar="CLASS",
     )
-    num_images: int | None = option(None, "how many, going round the classes (default: one of each)")
+    num_images: int | None = option(
+        None, "how many, going round the classes (default: eight of each where classes have names, else one)"
+    )
     batch_size: int = option(16, "images sampled at once")
     out: str | None = option(None, "(default: samples/SCHEDULE-cfgSCALE-seedSEED.png)", metavar="PNG")
 
@@ -64,7 +68,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"what to sample": Options, "networks": NetworkOptions, "sampling": SamplingOptions}
-    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds)
+    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS)
     specs = [parse_sampler(text) for text in options.compare or [options.schedule]]
     out = Path(options.out or default_name(specs, sampling))
     check_writable(out)
@@ -92,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions.append(row.caption(name, sampling.cfg_scale))
         print(captions[-1] + (", compilation included" if network_options.compile and len(samplers) == 1 else ""))
     if not options.compare:
-        rows = list(rows[0].split(4 if len(classes) <= 8 else 8))
-    save_png(out, grid(rows, captions if options.compare else ()))
+        rows, captions = arrange(rows[0], classes, networks.class_names)
+    save_png(out, grid(rows, captions, least_side=96 if networks.class_names else 32))
     print(f"saved {out}")
 
 
@@ -109,8 +113,21 @@ def pick_classes(options: Options, num_classes: int, names: ClassNames | None) -
 
     default = CLASSES if num_classes == IMAGENET_CLASSES else [str(c) for c in range(min(8, num_classes))]
     classes = [class_index(name, num_classes, names) for name in options.classes or default]
-    count = options.num_images or len(classes)
+    each = COLUMNS if names is not None and not options.compare else 1
+    count = options.num_images or each * len(classes)
     return [classes[i % len(classes)] for i in range(count)]
+
+
+def arrange(images: Tensor, classes: Sequence[int], names: ClassNames | None) -> tuple[list[Tensor], list[str]]:
+    """The rows of the picture grid and their captions: a class after the other where they have names."""
+    if names is None:
+        return list(images.split(4 if len(classes) <= COLUMNS else COLUMNS)), []
+    rows, captions = [], []
+    for k in dict.fromkeys(classes):
+        parts = images[[i for i, c in enumerate(classes) if c == k]].split(COLUMNS)
+        rows += parts
+        captions += [names.names[k] or str(k), *[""] * (len(parts) - 1)]
+    return rows, captions
 
 
 @dataclass

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions, SetOptions
 from flowturbo.system import cli
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> Summary:
     kinds = {"what to sample": SetOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
-    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, cfg_scale=1.5)
+    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS, cfg_scale=1.5)
 
     from flowturbo.sampling.sample_set import make_sample_set
     from flowturbo.system.distributed import world

@@ -1,6 +1,7 @@
 """FlowTurbo: fast sampling of frozen flow models.
 
     from flowturbo import FlowTurbo, Schedule, SiT, VelocityRefiner
+    sampler = FlowTurbo.from_name("colour")     # a small model that comes with the package
 
 Names load when they are first used, so that importing the package costs nothing.
 """
@@ -35,7 +36,10 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        if name == "FlowTurbo":  # transport is mathematics and knows no files: what loads them is added here
+            found.from_name = classmethod(import_module(f"{__name__}.sampling.bundled").from_name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,6 +16,7 @@ import flowturbo.transport.schedule
 import models
 import refiner
 import transport
+from flowturbo.weights.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,8 @@ def test_the_wheel_installs_flowturbo_and_no_other_name(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"flowturbo"}
     assert "flowturbo/py.typed" in names
+    for model in MODELS.values():
+        assert {f"flowturbo/assets/{file}" for file in (model.predictor_ckpt, model.refiner_ckpt)} <= set(names)
     assert {f"flowturbo/{room}/__init__.py" for room in ("transport", "sampling", "training")} <= set(names)
     assert wheel.name.split("-")[1] == flowturbo.__version__
 

@@ -20,8 +20,8 @@ def candidates(evaluations: int, thorough: bool) -> list[str]:
     grids = GRIDS if thorough else GRIDS[:2]
     found = [text + grid for letter in LETTERS for text in _exactly(letter, evaluations) for grid in grids]
     if thorough:
-        for kinds in MIXED:
-            for text in _two_kinds(kinds[0], kinds[1], evaluations):
+        for pair in MIXED:
+            for text in _two_kinds(pair[0], pair[1], evaluations):
                 found += [text + grid for grid in GRIDS[:2]]
     return list(dict.fromkeys(str(Schedule.parse(text)) for text in found))
 

@@ -48,7 +48,8 @@ class Numbers:
         steps = []
         for k, row in enumerate(rows):
             weights = ((None,) * k, tuple(row[: k + 1]))
-            steps.append(Step(STEP, times[k], times[k + 1], (times[k],), weights, tuple(range(k)), tuple(range(k + 1))))
+            ends = float(times[k].detach()), float(times[k + 1].detach())
+            steps.append(Step(STEP, *ends, (times[k],), weights, tuple(range(k)), tuple(range(k + 1))))
         return steps
 
     def solver(self, name: str) -> Solver:

@@ -8,14 +8,21 @@ from pathlib import Path
 
 from flowturbo.configurations import PRECISIONS, QUANTIZATIONS
 from flowturbo.sampling.solvers import parse_sampler
+from flowturbo.system.cli import Presets
 from flowturbo.system.options import option, seed
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.path import DIFFUSIONS, PATHS
 from flowturbo.transport.spec import SamplerSettings
+from flowturbo.weights.registry import MODELS
 
 EXTRACTORS = ("inception", "pixels", "dinov2")
 DEVICE_HELP = "auto, cuda, cuda:K or cpu"
+MODEL_PRESETS = Presets(
+    "--model",
+    "a model that comes with the package; sets the defaults of networks, schedule, guidance and classes",
+    {name: model.options() for name, model in MODELS.items()},
+)
 
 
 @dataclass(frozen=True)

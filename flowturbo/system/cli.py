@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flowturbo.system.advice import advice_for
 from flowturbo.system.options import add_flags, read_flags
+from flowturbo.system.streams import keep_streams, lost
 from flowturbo.system.values import plain
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # what run_script tells in one line
@@ -53,14 +55,40 @@ def new_parser(description: str | None, epilog: str | None = SPELLING) -> Parser
     return Parser(description=(description or "").strip(), epilog=epilog, formatter_class=Formatter, allow_abbrev=False)
 
 
-def parse(parser: Parser, argv: Sequence[str] | None, kinds: Mapping[str, type], **defaults: Any) -> list[Any]:
+@dataclass(frozen=True)
+class Presets:
+    """A flag whose value sets the defaults of other fields: `values` of the fields by what the flag may say."""
+
+    flag: str
+    help: str
+    values: Mapping[str, Mapping[str, Any]]
+
+    def add_to(self, parser: Parser, argv: Sequence[str]) -> None:
+        """Add the flag to a parser that has the others, and set the defaults that the arguments ask for."""
+        action = parser.add_argument(self.flag, choices=tuple(self.values), help=self.help)
+        chosen = getattr(parser.parse_args(argv), action.dest)
+        declared = {each.dest for each in parser._actions}
+        values = self.values.get(chosen, {})
+        parser.set_defaults(**{name: value for name, value in values.items() if name in declared})
+
+
+def parse(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    kinds: Mapping[str, type],
+    presets: Presets | None = None,
+    **defaults: Any,
+) -> list[Any]:
     """Parse a command line, once, into options dataclasses: one for each group of flags, by its title in the help.
 
-    `defaults` replace those of fields. Raises what the dataclasses raise.
+    `defaults` replace those of fields, and `presets`, if any, both. Raises what the dataclasses raise.
     """
     for title, kind in kinds.items():
         add_flags(parser.group(title), kind, **defaults)
-    arguments = parser.parse_args(hyphenate(argv))
+    spelled = hyphenate(argv)
+    if presets is not None:
+        presets.add_to(parser, spelled)
+    arguments = parser.parse_args(spelled)
     return [read_flags(kind, arguments) for kind in kinds.values()]
 
 
@@ -83,16 +111,29 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def run_script(main: Callable[[], object]) -> None:
+class EndedEarly(OSError):
+    """Work that began well could not go on. What was done until then is kept."""
+
+
+def run_script(main: Callable[[], object], prints_result: bool = False) -> None:
     """Run a script's main; turn a user's mistake into one line on stderr and exit code 2.
 
-    Errors that name a mistake are ValueError and OSError; FloatingPointError, a run that diverged, exits with 1;
-    anything else is a defect of ours and keeps its traceback. Interrupting exits with 130.
+    Errors that name a mistake are ValueError and OSError; FloatingPointError, a run that diverged, and EndedEarly exit
+    with 1; anything else is a defect of ours and keeps its traceback. Interrupting exits with 130. A reader of stdout
+    or stderr that has gone, or a terminal that was closed, ends nothing. Where stdout fails otherwise, as on a full
+    disk, stderr says so in the end, and the exit code is 1 if a script prints its result there.
     FLOWTURBO_TRACEBACK=1 shows the traceback of every error.
     """
+    keep_streams()
     print_anything()
     try:
         main()
+        sys.stdout.flush()
+        if "stdout" in lost:
+            word = "error" if prints_result else "warning"
+            print(f"{os.path.basename(sys.argv[0])}: {word}: cannot write stdout: {lost['stdout']}", file=sys.stderr)
+            if prints_result:
+                _exit(1)
     except Exception as error:
         if not isinstance(error, MISTAKES) or os.environ.get("FLOWTURBO_TRACEBACK"):
             sys.excepthook(*sys.exc_info())
@@ -101,7 +142,7 @@ def run_script(main: Callable[[], object]) -> None:
         with first_to_tell(message) as first:
             if first:
                 print(f"{_who()}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-        _exit(1 if isinstance(error, FloatingPointError) else 2)
+        _exit(1 if isinstance(error, (FloatingPointError, EndedEarly)) else 2)
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         _exit(130)
@@ -110,8 +151,10 @@ def run_script(main: Callable[[], object]) -> None:
 def print_anything() -> None:
     """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
-            stream.reconfigure(errors="backslashreplace")
+        # Not where something else has taken its place, nor where it fails since another file has.
+        with suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from flowturbo.data.folders import TrainingData
-from flowturbo.data.loader import Batch, TrainingSamples, training_loader
+from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
 from flowturbo.data.pictures import grid, save_png
+from flowturbo.data.report import contact_sheet
+from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
-from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.distributed import World
-from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.build import FrozenNetworks, described, images_of
 from flowturbo.training.log import RunLog
 from flowturbo.training.objective import Objective
 from flowturbo.training.options import Optimisation, TrainingOptions
@@ -61,22 +63,54 @@ class Run:
             exact=optimisation.exact,
         )
 
-    def fit(self, batches: Iterable[Batch], objective: Objective, stop: StopRequest, log: RunLog) -> None:
+    def execute(self, data: TrainingData, objective: Objective, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+        """Make the steps that are left, and log them; whether all have been made when it ends.
+
+        Raises LoaderFailed, with the state saved, where the data cannot be read on.
+        """
+        ranks, loader = self.ranks, self.loader(data, objective)
+        first, total = self.state.step, self.optimisation.steps
+        with RunLog(self.folder if ranks.is_main else None, total, first) as log:
+            trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+            log.say(f"{self.options.target}: {trained:,} parameters, {described(data)}")
+            for note in notes:
+                log.say(note)
+            where = f"{ranks.size} x {ranks.device}, {self.frozen.dtype}"
+            log.say(f"{where}, steps {first} to {total}, writing to {self.folder}")
+            if ranks.is_main and (images := images_of(data)) is not None:
+                save_png(self.folder / "data.png", contact_sheet(images))
+            failure = self.fit(loader, objective, stop, log)
+            ranks.barrier()
+            step = self.state.step
+            if failure is not None:
+                raise LoaderFailed(f"{failure}; the run stopped after step {step}, saved", failure.cause)
+            if self.is_done:
+                log.say(f"done: {self.folder}")
+            else:
+                why = stop.signal or ("the time limit" if stop.late else "another rank")
+                log.say(f"stopped by {why} after step {step}; go on with the same command and --resume auto")
+        return self.is_done
+
+    def fit(
+        self, batches: Iterable[Batch], objective: Objective, stop: StopRequest, log: RunLog
+    ) -> LoaderFailed | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
+        Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
         state, output, main = self.state, self.options.output, self.ranks.is_main
         if self.is_done:
-            return
+            return None
         if objective.prepares and main and state.step == 0:
             self.save()  # by which a run that is stopped or killed while it prepares is found again
         if not objective.prepare(self.folder, self.ranks, stop, log):
-            return
+            return None
         before: Update | None = None
-        for batch in batches:
-            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
+        for batch, failure in ahead(batches):
+            wanted = stop.wanted or failure is not None
+            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, wanted)
             log.advance(state.step, self.optimisation.global_batch_size)
             logs, saves, samples = (
                 self.is_done or bool(every and state.step % every == 0)
@@ -92,9 +126,10 @@ class Run:
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
             if stopping:
-                return
+                return failure
             if main and samples and output.sample_every:
-                save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
+                self.show(saved=saves)
+        return None
 
     def save(self) -> Path:
         """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
@@ -106,6 +141,14 @@ class Run:
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
+
+    def show(self, saved: bool) -> None:
+        """Write the step's picture. Raises NotFinite where it is not, the state saved by then."""
+        try:
+            save_png(self.folder / "samples" / f"{self.state.step:07d}.png", self.picture())
+        except NotFinite as error:
+            path = self.folder / CHECKPOINTS if saved else self.save()
+            raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
 
     def picture(self) -> Image.Image:
         """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.

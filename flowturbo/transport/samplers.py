@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class FlowTurbo:
     of `blocks.REFINER_STEPS`. `engine` makes what evaluates the steps, from this sampler.
     Raises ValueError for a schedule with R but no refiner, and for what Schedule, Guidance and the engine refuse.
     """
+
+    from_name: ClassVar[Callable[..., FlowTurbo]]  # set by `from flowturbo import FlowTurbo`: sampling/bundled.py
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from flowturbo.system.claims import read_record, write_record
 from flowturbo.system.files import sha256
-from flowturbo.weights.registry import ASSETS, Asset, RemoteFile
+from flowturbo.weights.registry import ASSETS, PACKAGED, Asset, RemoteFile
 
 CACHE_VARIABLE = "FLOWTURBO_CACHE"
 NOTES = {  # what is recorded of a file
@@ -81,14 +81,19 @@ def _host(key: str) -> str:
 def locate(
     name: str, folder: str | os.PathLike[str] | None = None, assets: Mapping[str, Asset] = ASSETS
 ) -> Path | None:
-    """The path as given where there is something, else the registered file in the cache folder, else None.
+    """The path as given where there is something, else the file of that name in the package, else the registered file
+    in the cache folder, else None.
 
     A name with a folder in front is a path and nothing else. Touches no network. Raises ValueError for a cached file
     that is not the one that was downloaded.
     """
     if Path(name).exists():
         return Path(name)
-    key = find_asset(name, assets) if Path(name).name == name else None
+    if Path(name).name != name:
+        return None
+    if (PACKAGED / name).is_file():
+        return PACKAGED / name
+    key = find_asset(name, assets)
     if key is None:
         return None
     place = cache_folder(folder)

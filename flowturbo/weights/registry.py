@@ -1,12 +1,60 @@
-"""What can be downloaded: names, files, mirrors, sizes, hashes and licences, as data.
+"""What weights there are, as data: the models that come with the package, and what can be downloaded (names, files,
+mirrors, sizes, hashes, licences).
 
 None where a size or hash is not published: it is recorded at the first download, and held to from then on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+PACKAGED = Path(__file__).parents[1] / "assets"  # the files that come with the package
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that comes with the package, and how it is sampled where nothing else is said.
+
+    The fields after `about` are options of the same names.
+    """
+
+    about: str
+    predictor_ckpt: str  # files in PACKAGED
+    refiner_ckpt: str
+    schedule: str
+    cfg_scale: float
+    classes: tuple[str, ...]  # those that sample.py draws
+    refiner_step: str  # what the refiner was trained for
+    vae_ckpt: str = "none"
+
+    def options(self) -> dict[str, Any]:
+        """The values of options, by their names."""
+        return {name: value for name, value in asdict(self).items() if name != "about"}
+
+
+MODELS: Mapping[str, Model] = {
+    "colour": Model(
+        about="pictures of 32x32 pixels in 35 classes such as flag, animal-mammal and food-fruit",
+        predictor_ckpt="colour-predictor.safetensors",
+        refiner_ckpt="colour-refiner.safetensors",
+        schedule="M11",
+        cfg_scale=3.0,
+        classes=("flag", "face-smiling", "animal-mammal", "food-fruit"),
+        refiner_step="midpoint",
+    ),
+    "digits": Model(
+        about="handwritten digits, grey, 8x8 pixels",
+        predictor_ckpt="digits-predictor.pt",
+        refiner_ckpt="digits-refiner.safetensors",
+        schedule="H1P5R2",
+        cfg_scale=1.0,
+        classes=tuple("0123456789"),
+        refiner_step="single",
+    ),
+}
 
 
 @dataclass(frozen=True)

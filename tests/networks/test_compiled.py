@@ -582,7 +582,7 @@ def test_a_defect_keeps_its_own_error(compiler, monkeypatch, predictor, batch):
 
 @pytest.mark.slow
 def test_without_a_c_compiler_the_script_says_so_on_one_line(python, tmp_path):
-    flags = ["--predictor-ckpt", "assets/digits-predictor.pt", "--vae-ckpt", "none", "--schedule", "H1P1"]
+    flags = ["--predictor-ckpt", "digits-predictor.pt", "--vae-ckpt", "none", "--schedule", "H1P1"]
     environment = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     out = tmp_path / "out.png"
     done = python(sample.__file__, "--compile", "--device", "cpu", "--out", out, *flags, **environment)

@@ -79,7 +79,7 @@ def test_a_training_step_does_not_wait_for_the_device(predictor, batch, dtype):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16 --compile"])
 def test_a_refiner_trains_and_samples_on_cuda(tmp_path, digits, precision):
-    arguments = ["--data-path", str(digits), "--model-teacher-ckpt", "assets/digits-predictor.pt", "--device", "cuda"]
+    arguments = ["--data-path", str(digits), "--model-teacher-ckpt", "digits-predictor.pt", "--device", "cuda"]
     arguments += ["--vae-ckpt", "none", "--steps", "20", "--global-batch-size", "32", "--lr", "1e-3"]
     train.main([*arguments, "--precision", *precision.split(), "--results-dir", str(tmp_path), "--num-workers", "2"])
     path = tmp_path / "000-refiner-no-note" / "checkpoints" / "0000020.pt"
@@ -87,7 +87,7 @@ def test_a_refiner_trains_and_samples_on_cuda(tmp_path, digits, precision):
     assert sum(p.abs().sum() for p in load_network(VelocityRefiner, str(path)).final_layer.parameters()) > 0
     made = sample_ddp_feature.main(
         [
-            *("--predictor-ckpt", "assets/digits-predictor.pt", "--refiner-ckpt", str(path), "--vae-ckpt", "none"),
+            *("--predictor-ckpt", "digits-predictor.pt", "--refiner-ckpt", str(path), "--vae-ckpt", "none"),
             *("--num-fid-samples", "20", "--sample-dir", str(tmp_path), "--tag", "cuda", "--device", "cuda"),
         ]
     )

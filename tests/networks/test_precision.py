@@ -59,7 +59,7 @@ def test_cast_makes_several_times_less_error_than_autocast(kind, depth, dtype, b
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cast_makes_less_error_on_a_trained_network(dtype):
     """Its blocks do more than those of random networks, and make 0.6 times the error of all."""
-    network = load_network(SiT, "assets/digits-predictor.pt")
+    network = load_network(SiT, "digits-predictor.pt")
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(64, 1, 8, 8, generator=generator), torch.rand(64, generator=generator)
     of_autocast, of_cast, of_all = errors_in_half(network, (x, t, torch.arange(64) % 10), dtype)

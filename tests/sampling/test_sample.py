@@ -181,6 +181,27 @@ def test_a_models_own_classes_have_names(save_network, draw, tmp_path):
         draw("--classes", "hors", models=models)
 
 
+def test_classes_with_names_have_their_rows_and_captions(save_network, draw, tmp_path):
+    """Nine images of class 2 in two rows under its name, eight of class 0 in one."""
+    predictor = save_network(tmp_path / "p", SiT, classes=["cat", "dog", "horse"], in_channels=3, num_classes=3)
+    models = ["--predictor-ckpt", str(predictor), "--vae-ckpt", "none", "--schedule", "E1"]
+    out, _ = draw("--classes", "horse", "cat", "--num-images", 17, models=models)
+    side, gap, head = 96, 3, int(12 * 1.6)
+    assert Image.open(out).size == (8 * (side + gap) + gap, 3 * (side + gap + head) + gap)
+    captions = [pixels(out)[gap + r * (side + gap + head) :][:head].min() for r in range(3)]
+    assert [level < 128 for level in captions] == [True, False, True]
+
+
+def test_a_model_of_the_package_is_drawn_by_its_name(tmp_path, capsys):
+    out = tmp_path / "digits.png"
+    flags = ["--model", "digits", "--device", "cpu", "--out", str(out)]
+    sample.main([*flags, "--schedule", "H1P1", "--classes", "3", "8", "--num-images", "4"])
+    assert "H1P1   3 evaluations   cfg 1 " in capsys.readouterr().out
+    with pytest.raises(MissingWeights) as caught:
+        sample.main([*flags, "--refiner-ckpt", str(tmp_path / "mine.pt")])
+    assert caught.value.fields == ["refiner_ckpt"]
+
+
 def test_public_checkpoints_and_a_latent_model_make_images(randomise, vae_folder, draw, tmp_path):
     """Bare state dicts of a SiT-S's width, one layer deep, with an autoencoder."""
     config = {"input_size": 8, "hidden_size": 384, "depth": 1, "num_heads": 6, "num_classes": 10}

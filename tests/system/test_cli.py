@@ -1,10 +1,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from flowturbo.system import cli
+from flowturbo.system.options import option
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,35 @@ def test_a_rank_that_ends_while_it_tells_leaves_it_to_the_next(python, tmp_path)
     python("-c", code, TORCHELASTIC_ERROR_FILE=str(tmp_path / "0" / "error.json"))
     assert any(tmp_path.iterdir())
     assert [told(tmp_path, rank) for rank in (1, 2)] == [True, False]
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int = option(1, "how wide")
+    height: int = option(2, "how high")
+
+
+PRESETS = cli.Presets("--kind", "a ready shape", {"flat": {"width": 9, "depth": 3}, "tall": {"height": 9}})
+
+
+@pytest.mark.parametrize(
+    ("argv", "shape"),
+    [
+        ([], Shape(1, 5)),
+        (["--kind", "flat"], Shape(9, 5)),
+        (["--width", "4", "--kind", "flat"], Shape(4, 5)),
+        (["--kind", "tall"], Shape(1, 9)),
+    ],
+    ids=str,
+)
+def test_presets_set_defaults_and_what_is_given_goes_before(argv, shape):
+    assert cli.parse(cli.new_parser(""), argv, {"shape": Shape}, PRESETS, height=5) == [shape]
+
+
+def test_an_unknown_preset_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(cli.new_parser(""), ["--kind", "round"], {"shape": Shape}, PRESETS)
+    assert "invalid choice: 'round' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"1 \xb1 2 \u2192 3"), ("latin-1", r"1 ± 2 \u2192 3")])

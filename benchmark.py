@@ -104,4 +104,4 @@ def device_figures(options: BenchmarkOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, prints_result=True)

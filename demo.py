@@ -226,7 +226,7 @@ def measure(
     sampling = SamplingOptions(cfg_scale=1.0, refiner_step=refiner_step)
     with world(networks.device) as ranks:
         made = make_sample_set(sample_set, networks, sampling, ranks)
-    distance = dict(evaluate(data.statistics, FeatureSet.load(made.features), bootstrap=BOOTSTRAP))["FID"]
+    _, distance = next(evaluate(data.statistics, FeatureSet.load(made.features), bootstrap=BOOTSTRAP))  # FID is first
     assert distance.value is not None
     assert distance.standard_error is not None
     samples = read_archive(made.archive)[..., 0]

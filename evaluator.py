@@ -1,4 +1,4 @@
-"""Evaluate generated images against a reference: FID, sFID, Inception Score, precision, recall and KID."""
+"""Evaluate generated images against a reference: FID, sFID, Inception Score, precision, recall, KID and MIND."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ other commands (each has its own --help):
   python evaluator.py stats SOURCE -o FILE   statistics of images, once, for many comparisons
   python evaluator.py benchmark              time and memory of the Fréchet distance on this machine
 
-FID, sFID and KID: smaller is better; the others: larger. Values at different N are not comparable. The
+FID, sFID, KID and MIND: smaller is better; the others: larger. Values at different N are not comparable. The
 Inception Score takes splits of 5000 in file order, so samples sorted by class ruin it. Each metric that lacks
 its input prints "-" and the reason.
 """
@@ -42,7 +42,7 @@ its input prints "-" and the reason.
 STATS_EPILOG = f"""\
 SOURCE is one of
 {SOURCES}
-FID and sFID need no more than statistics; precision, recall and KID need --features.
+FID and sFID need no more than statistics; precision, recall, KID and MIND need --features.
 
 examples:
   python evaluator.py stats my_images/ -o my-stats.npz --features
@@ -231,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, prints_result=True)

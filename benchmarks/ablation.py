@@ -29,6 +29,7 @@ from flowturbo.models import run_block
 from flowturbo.networks.compiled import StaticGraphs
 from flowturbo.networks.patches import block_step
 from flowturbo.networks.precision import quantize
+from flowturbo.sampling.solvers import parse_schedule
 from flowturbo.transport import FlowTurbo
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -74,11 +75,12 @@ def measure(plan: Plan) -> list[Row]:
 def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dict[str, Callable[[], Run]]:
     """What makes the sampling function after each change, in their order."""
     cuda, half = plan.device.type == "cuda", plan.dtype != torch.float32
+    named = parse_schedule(schedule)
     slow = networks.autoencoder.decode if decode else None
     fast = networks.fast_compiled_autoencoder.decode if decode else None
     slow_compiled = networks.compiled_autoencoder.decode if decode else None
-    full = (networks.predictor, networks.refiner, schedule, plan.cfg_scale)
-    held = (networks.fast_predictor, networks.fast_refiner, schedule, plan.cfg_scale)
+    full = (networks.predictor, networks.refiner, named, plan.cfg_scale)
+    held = (networks.fast_predictor, networks.fast_refiner, named, plan.cfg_scale)
 
     def static(*, decode: Callable[[Tensor], Tensor] | None, graphs: bool = True, recording: bool = False) -> Run:
         sampler = FlowTurbo(*held, engine=StaticGraphs, decode=decode)
@@ -99,7 +101,7 @@ def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dic
         predictor, refiner = copy.deepcopy(networks.fast_predictor), copy.deepcopy(networks.fast_refiner)
         for network in (predictor, refiner):
             quantize(network, "float8" if cuda else "int8")
-        settings = (schedule, plan.cfg_scale)
+        settings = (named, plan.cfg_scale)
         return FlowTurbo(predictor, refiner, *settings, engine=StaticGraphs, decode=fast).sample
 
     made: dict[str, Callable[[], Run]] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.system import cli
@@ -90,7 +90,7 @@ class Data(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"what to measure": EditingOptions, "networks": NetworkOptions}
-    defaults = {"predictor_ckpt": "assets/digits-predictor.pt", "vae_ckpt": "none"}
+    defaults: dict[str, Any] = {"predictor_ckpt": "digits-predictor.pt", "vae_ckpt": "none"}
     options, network_options = cli.parse(cli.new_parser(__doc__), argv, kinds, **defaults)
     if options.json:
         check_writable(options.json)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.editing import SOLVERS, EditingOptions, read_data
 from flowturbo.sampling.edit_options import EditOptions
@@ -36,7 +37,7 @@ class GalleryOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"picture": GalleryOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
-    defaults = {"predictor_ckpt": "assets/digits-predictor.pt", "vae_ckpt": "none", "cfg_scale": 1.0}
+    defaults: dict[str, Any] = {"predictor_ckpt": "digits-predictor.pt", "vae_ckpt": "none", "cfg_scale": 1.0}
     options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, **defaults)
     check_writable(options.out)
 

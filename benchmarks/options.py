@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flowturbo.configurations import PRECISIONS, SIT_CONFIGS
 from flowturbo.sampling.options import DEVICE_HELP
+from flowturbo.sampling.solvers import parse_schedule
 from flowturbo.system.options import option
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.schedule import Schedule
@@ -61,7 +62,7 @@ class BenchmarkOptions:
         if kinds > 1:
             raise ValueError("ablate, train, startup and quality are four measurements: expected one of them")
         for text in () if self.quality else self.schedules or ():
-            Schedule.parse(text)
+            parse_schedule(text)
         if Guidance(self.cfg_scale).scale == 1 and not self.quality:
             raise ValueError("cfg_scale 1 leaves nothing to compare with: the released code cannot do without guidance")
         if self.train and (self.schedules or self.decode is not None):
@@ -137,8 +138,14 @@ def plan_of(options: BenchmarkOptions) -> Plan:
         depth=options.depth or (SIT_CONFIGS[options.model]["depth"] if gpu else 3),
         image_size=options.image_size,
         batch_sizes=options.batch_sizes or ((1, 8, 32) if gpu else (1,)),
-        schedules=tuple(str(Schedule.parse(text)) for text in options.schedules or schedules),
+        schedules=tuple(spelled(text) for text in options.schedules or schedules),
         decode=(False, True) if options.decode is None else (options.decode,),
         cfg_scale=options.cfg_scale,
         repeats=options.repeats or (20 if gpu else 3),
     )
+
+
+def spelled(text: str) -> str:
+    """A schedule in its short form; a solver as it was called."""
+    schedule = parse_schedule(text)
+    return str(schedule) if isinstance(schedule, Schedule) else text

@@ -30,7 +30,8 @@ from flowturbo.models import SiT
 from flowturbo.networks.compiled import StaticGraphs
 from flowturbo.networks.precision import autocast
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.transport import FlowTurbo, Schedule
+from flowturbo.sampling.solvers import parse_schedule
+from flowturbo.transport import FlowTurbo
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Work:
 
     def per_image(self, schedule: str, cfg_scale: float, decode: bool) -> int:
         """Of sampling one image; guidance doubles the rows."""
-        predictor, refiner = Schedule.parse(schedule).evaluations()
+        predictor, refiner = parse_schedule(schedule).evaluations()
         rows = 1 if cfg_scale == 1 else 2
         return rows * (predictor * self.predictor + refiner * self.refiner) + decode * self.decode
 
@@ -116,7 +117,7 @@ def measure_group(
     rows = []
     for variant, schedule in names:
         timing = timings[variant, schedule]
-        predictor, refiner = Schedule.parse(schedule).evaluations()
+        predictor, refiner = parse_schedule(schedule).evaluations()
         heun_block = max(0.0, seconds[variant, "H2"] - seconds[variant, "H1"])
         refiner_block = max(0.0, seconds[variant, "H1R2"] - seconds[variant, "H1R1"])
         bare = kernels * (predictor * plan.depth + refiner)

@@ -21,9 +21,11 @@ from flowturbo.networks.precision import autocast, cast
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import ImageSampler
 from flowturbo.sampling.generate import Networks as SampledNetworks
+from flowturbo.sampling.solvers import parse_sampler, parse_schedule
 from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings, Schedule
 from flowturbo.transport.blocks import integrate
 from flowturbo.transport.branches import guide
+from flowturbo.transport.solver import Solver
 
 AnySiT = TypeVar("AnySiT", bound=SiT)
 
@@ -133,7 +135,7 @@ class ReleasedStyle:
         self,
         predictor: SiT,
         refiner: VelocityRefiner,
-        schedule: str,
+        schedule: Schedule | Solver,
         cfg_scale: float,
         dtype: torch.dtype,
         *,
@@ -141,7 +143,7 @@ class ReleasedStyle:
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.predictor, self.refiner = (whole(n) if compile else n for n in (predictor, refiner))
-        self.null, self.schedule = predictor.null_class, Schedule.parse(schedule)
+        self.null, self.schedule = predictor.null_class, schedule
         self.cfg_scale, self.dtype, self.decode = cfg_scale, dtype, decode
 
     @torch.no_grad()
@@ -206,10 +208,10 @@ def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, deco
     compiled = variant.endswith("compiled")
     sampler: Sampler
     if variant.startswith("released"):
-        full = (networks.predictor, networks.refiner, schedule, cfg_scale, networks.dtype)
+        full = (networks.predictor, networks.refiner, parse_schedule(schedule), cfg_scale, networks.dtype)
         sampler = ReleasedStyle(*full, compile=compiled, decode=decoder)
     else:
-        fast = (networks.fast_predictor, networks.fast_refiner, schedule, cfg_scale)
+        fast = (networks.fast_predictor, networks.fast_refiner, parse_schedule(schedule), cfg_scale)
         sampler = FlowTurbo(*fast, engine=StaticGraphs if compiled else None, decode=decoder)
 
     def values() -> Tensor:
@@ -225,7 +227,7 @@ def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, deco
 
         return Run(images, values, sampler)
     sampled = SampledNetworks(networks.fast_predictor, networks.fast_refiner, autoencoder, z.device)
-    image_sampler = ImageSampler(sampled, schedule, SamplerSettings(Guidance(cfg_scale)), compiled)
+    image_sampler = ImageSampler(sampled, parse_sampler(schedule), SamplerSettings(Guidance(cfg_scale)), compiled)
     classes = y.tolist()
     return Run(lambda: image_sampler(0, range(batch_size), classes), values, image_sampler.sampler)
 
@@ -233,7 +235,7 @@ def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, deco
 def reference(networks: Networks, schedule: str, cfg_scale: float, decode: bool) -> FlowTurbo:
     """What every error is measured against: float32 throughout, eager."""
     autoencoder = networks.autoencoder.decode if decode else None
-    return FlowTurbo(networks.predictor, networks.refiner, schedule, cfg_scale, decode=autoencoder)
+    return FlowTurbo(networks.predictor, networks.refiner, parse_schedule(schedule), cfg_scale, decode=autoencoder)
 
 
 @dataclass

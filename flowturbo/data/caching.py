@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flowturbo.data.folders import ClassFolder
@@ -20,9 +20,10 @@ from flowturbo.data.identity import READING_RULES, data_changes
 from flowturbo.data.latents import INDEX, OtherLatents, identity_of, is_latent_folder, shard_path
 from flowturbo.data.options import CachingOptions
 from flowturbo.data.pictures import from_uint8
+from flowturbo.data.workers import Loader, items
 from flowturbo.system.claims import differences, read_record, write_record
 from flowturbo.system.distributed import World
-from flowturbo.system.files import atomic_write, exclusive, remove_leftovers, sha256
+from flowturbo.system.files import LOCK, atomic_write, exclusive, remove_leftovers, sha256
 
 ENCODING = ("autoencoder", "image_size", "shard_size", "precision", "classes", "folders")  # what shapes the shards
 
@@ -64,9 +65,9 @@ def cache_latents(
     if data.image_size < 1 or data.image_size % encoder.factor:
         raise ValueError(f"image_size {data.image_size} is not a multiple of {encoder.factor}")
     root = Path(root)
-    plan = ranks.agree(lambda: _claim(root, _plan(data, encoder, name, options), data))
-    encoder.to({"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision])
-    with exclusive(root, patience=20) if ranks.is_main else nullcontext():  # a killed run's workers linger
+    with ranks.hold(lambda: _locked(root)):
+        plan = ranks.agree(lambda: _claim(root, _plan(data, encoder, name, options), data))
+        encoder.to({"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision])
         done = _make_shards(data, encoder, root, options, ranks)
         ranks.barrier()
         ranks.agree(lambda: _finish(root, plan, len(data)))
@@ -92,10 +93,22 @@ def _plan(data: ClassFolder, encoder: Encoder, name: str, options: CachingOption
     }
 
 
+def _locked(root: Path) -> AbstractContextManager[None]:
+    """The folder's lock; the folder is made. Raises ValueError where it holds something else."""
+    if root.is_dir() and not is_latent_folder(root) and _others(root):
+        raise ValueError(f"{os.fspath(root)!r} holds something else than latents")
+    root.mkdir(parents=True, exist_ok=True)
+    return exclusive(root, patience=20)  # a killed run's workers linger
+
+
+def _others(root: Path) -> list[Path]:
+    """What is in a folder besides what killed runs leave."""
+    return [path for path in root.iterdir() if path.suffix != ".tmp" and path.name != LOCK]
+
+
 def _claim(root: Path, plan: dict[str, Any], data: ClassFolder) -> dict[str, Any]:
-    """Make the folder for this plan, or go on with one made for the same; returns its plan."""
-    others = [path for path in root.iterdir() if path.suffix != ".tmp"] if root.is_dir() else []
-    if others and not is_latent_folder(root):
+    """Record the plan in the folder, or go on with one made for the same; returns its plan."""
+    if _others(root) and not is_latent_folder(root):
         raise ValueError(f"{os.fspath(root)!r} holds something else than latents")
     index = read_record(root / INDEX)
     if index is None:
@@ -136,14 +149,9 @@ def _encoded(
     data: ClassFolder, indices: range, encoder: Encoder, options: CachingOptions, device: torch.device
 ) -> Iterator[np.ndarray]:
     """Moments of images and of their mirror images, float16 (n, 2, 2C, h, w), batch by batch."""
-    loader = DataLoader(
-        _Images(data, indices),
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        pin_memory=device.type == "cuda",
-    )
+    loader = Loader(_Images(data, indices), options.num_workers, device, batch_size=options.batch_size)
     done = indices.start
-    for batch in loader:
+    for batch in items(loader):
         images = from_uint8(batch.to(device, non_blocking=True))
         both = torch.stack([encoder.moments(images), encoder.moments(images.flip(-1))], dim=1).half()
         finite = both.flatten(1).isfinite().all(1).tolist()

@@ -80,6 +80,12 @@ def rules_of(path: str | os.PathLike[str], channels: int = 3) -> frozenset[str]:
         return _rules(picture, channels)
 
 
+def inspect(path: str | os.PathLike[str], channels: int = 3) -> tuple[int, frozenset[str]]:
+    """The short side of an image file, and the `rules` of reading it, as `rules_of`."""
+    with _opened(path) as picture:
+        return min(picture.size), _rules(picture, channels)
+
+
 def check_file(path: str | os.PathLike[str]) -> os.stat_result:
     """An image file's status. Raises ValueError where it is no file: a pipe would be waited for, for ever."""
     try:

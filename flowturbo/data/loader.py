@@ -6,11 +6,8 @@ whether it is flipped, and what the objective draws for it. A run goes on exactl
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.randomness import Stream, keyed_generator
+from flowturbo.data.workers import Loader, LoaderFailed, items
+from flowturbo.system.cli import one_line
 from flowturbo.system.distributed import World
 
 MICRO_BATCHES = 12  # of the exact mode: whole numbers of them for 1, 2, 3, 4, 6 and 12 ranks
-_STOPS = (signal.SIGTERM, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 class Batch(NamedTuple):
@@ -108,7 +105,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(
-    samples: TrainingSamples,
+    samples: Dataset,
     global_batch_size: int,
     world: World,
     *,
@@ -127,37 +124,33 @@ def training_loader(
             f"global batch size {global_batch_size} over {world.size} ranks: needs at least {least} samples"
             + (f" and at most {MICRO_BATCHES} ranks in exact mode" if exact else "")
         )
-    return _Loader(
-        samples,
-        batch_sampler=StepSampler(global_batch_size, world, first, last, exact),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
+    sampler = StepSampler(global_batch_size, world, first, last, exact)
+    return Loader(samples, workers, world.device, batch_sampler=sampler, collate_fn=_as_it_is)
 
 
-class _Loader(DataLoader):
-    """A loader whose workers hear no signal before they have left the parent's group."""
+def ahead(batches: Iterable[Batch], count: int = 2) -> Iterator[tuple[Batch, LoaderFailed | None]]:
+    """Batches, each with what reading one of the next `count` has raised, or None.
 
-    def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    So a rank learns that it cannot go on while it has the batches of the steps that the others may make before they
+    hear of it. Raises at once where the first batches cannot be read.
+    """
+    held: deque[Batch] = deque()
+    failure: LoaderFailed | None = None
+    source, begun = items(batches), False
+    while True:
         try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # torchrun and terminals signal the whole process group; without its loader the parent could not finish its step.
-    # In a group of its own a worker hears of neither, but still ends by SIGTERM when the parent sends it.
-    os.setpgrp()
-    for number in _STOPS:
-        signal.signal(number, signal.SIG_IGN)  # forgets what came before
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-    if sys.platform == "linux":  # it ends with its parent however that ends, and seconds before it would notice
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            while failure is None and len(held) <= count:
+                held.append(next(source))
+        except StopIteration:
+            count = -1
+        except Exception as error:
+            if not begun:
+                raise
+            failure = error if isinstance(error, LoaderFailed) else LoaderFailed(one_line(error))
+        if not held:
+            return
+        begun = True
+        yield held.popleft(), failure
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Statistics and metrics of generated images: FID, sFID, Inception Score, precision, recall, KID.
+"""Statistics and metrics of generated images: FID, sFID, Inception Score, precision, recall, KID, MIND.
 
 uint8 images -> features -> streaming statistics -> metrics.
 """
@@ -6,7 +6,7 @@ uint8 images -> features -> streaming statistics -> metrics.
 from flowturbo.evaluation.comparison import METRICS, Measurement, check_comparable, evaluate
 from flowturbo.evaluation.extractors import Extractor, Features, InceptionExtractor, load_extractor
 from flowturbo.evaluation.features import FeatureSet, extract
-from flowturbo.evaluation.metrics import frechet_distance, inception_score, kid, precision_recall, resample_counts
+from flowturbo.evaluation.metrics import frechet_distance, inception_score, kid, mind, precision_recall, resample_counts
 from flowturbo.evaluation.sources import Archive, ImageArchive, ImageFolder
 from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
 
@@ -29,6 +29,7 @@ __all__ = [
     "inception_score",
     "kid",
     "load_extractor",
+    "mind",
     "precision_recall",
     "resample_counts",
 ]

@@ -14,12 +14,13 @@ from flowturbo.evaluation.metrics import (
     frechet_distance,
     inception_score,
     kid,
+    mind,
     precision_recall,
     resample_counts,
 )
 from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
 
-METRICS = ("FID", "sFID", "Inception Score", "Precision", "Recall", "KID")
+METRICS = ("FID", "sFID", "Inception Score", "Precision", "Recall", "KID", "MIND")
 
 
 class Measurement(NamedTuple):
@@ -73,7 +74,7 @@ def evaluate(
 
     if reference.pool is None or samples.pool is None:
         reason = f"no features on {_lacking(reference.pool, samples.pool)}"
-        yield from ((name, Measurement(reason=reason)) for name in ("Precision", "Recall", "KID"))
+        yield from ((name, Measurement(reason=reason)) for name in METRICS[3:])
         return
     references, generated = reference.pool.to(device), samples.pool.to(device)
     counts = resample_counts(len(generated), bootstrap, seed)
@@ -85,6 +86,7 @@ def evaluate(
         yield "Precision", _measured(inside.precision(counts))
         yield "Recall", _measured(inside.recall(resample_counts(len(references), bootstrap, seed)))
     yield "KID", _measured(kid(generated, references, counts))
+    yield "MIND", _measured(mind(generated, references, counts))
 
 
 def _frechet(

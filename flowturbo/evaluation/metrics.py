@@ -1,4 +1,4 @@
-"""The formulas: Fréchet distance, Inception Score, precision and recall, KID, and resampling for error bars.
+"""The formulas: Fréchet distance, Inception Score, precision and recall, KID, MIND, and resampling for error bars.
 
 Every metric that averages over images takes `counts` (K, N): how often each image is taken in each of K
 resamples. The default takes each once, and row 0 of `resample_counts` does too, so that an estimate and its
@@ -128,6 +128,48 @@ def kid(samples: Tensor, references: Tensor, counts: Tensor | None = None, block
     once = weights.new_ones(1, len(references))
     cross = _kernel_sum(samples, weights, references, once, block) / (weights.sum(dim=1) * len(references))
     return _kernel_mean(samples, weights, block) + _kernel_mean(references, once, block) - 2 * cross
+
+
+@full_precision()
+def mind(
+    samples: Tensor, references: Tensor, counts: Tensor | None = None, directions: int = 1000, block: int = 50
+) -> Tensor:
+    """Monge Inception Distance of samples (N, D) and references (M, D): a sliced Wasserstein distance.
+
+    D times the mean, over random directions, of the squared Wasserstein-2 distance between the projections, which
+    sorting gives exactly, for unlike N and M too. With the factor D a shift δ of all features counts |δ|², as in FID.
+    The directions are the same in every call. counts (K, N), whole numbers of one sum in all rows, say how often each
+    sample is taken. Few samples bias it upwards, less than FID. (Berthet et al. 2026, arXiv:2605.06797.)
+    """
+    for images, side in ((samples, "samples"), (references, "references")):
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} {side}: MIND needs at least 2")
+    counts = torch.ones(1, len(samples)) if counts is None else counts
+    counts = counts.to(samples.device, torch.int64)
+    sizes = counts.sum(dim=1)
+    if (sizes != sizes[0]).any():
+        raise ValueError("MIND needs resamples of one size")
+    widths, at_samples, at_references = (
+        value.to(samples.device) for value in _common_steps(int(sizes[0]), len(references))
+    )
+    generator = torch.Generator().manual_seed(0)
+    rays = torch.randn(directions, samples.shape[1], generator=generator)
+    rays = torch.nn.functional.normalize(rays, dim=1).to(samples)
+    total = torch.zeros(len(counts), dtype=torch.float64, device=samples.device)
+    for part in rays.split(block):
+        projected, order = (part @ samples.T).double().sort(dim=1)
+        known = (part @ references.T).double().sort(dim=1).values[:, at_references]
+        for k, taken in enumerate(counts):
+            resample = projected.flatten().repeat_interleave(taken[order].flatten()).view(len(part), -1)
+            total[k] += ((resample[:, at_samples] - known).square() @ widths).sum()
+    return total * samples.shape[1] / directions
+
+
+def _common_steps(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the quantile functions of n and of m values are both constant: widths, and which value of each it is."""
+    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()  # in units of 1 / (n m)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return (ends - starts).double() / (n * m), starts // m, starts // n
 
 
 def _kernel_mean(x: Tensor, weights: Tensor, block: int) -> Tensor:

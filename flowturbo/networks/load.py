@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowturbo.configurations import WIDTHS
 from flowturbo.models import SiT
+from flowturbo.networks.precision import check_finite
 from flowturbo.weights.checkpoint import load_checkpoint, load_weights, resolve, weights_of
 from flowturbo.weights.info import CheckpointInfo, empty_network
 
@@ -34,6 +35,7 @@ def load_with_info(kind: type[Network], path: str, prefer_ema: bool = True) -> t
     weights, info = weights_of(content, found, prefer_ema), CheckpointInfo.of(content, found)
     network = empty_network(kind, info.model or _config_of(kind, weights, found), weights, found)
     load_weights(network, weights, found)
+    check_finite(network, f"checkpoint {str(found)!r}: ")  # what was in float64 may not be in float32
     return network.eval().requires_grad_(False), info
 
 

@@ -37,11 +37,20 @@ def cast(network: AnySiT, dtype: torch.dtype) -> AnySiT:
 
     What surrounds the blocks costs next to nothing and stays in float32: in half precision it would make most
     of the rounding error. On a CPU, attention in half precision is faster as two plain matrix products.
+    Raises ValueError naming a weight that is larger than dtype goes.
     """
     network.blocks.to(dtype)
+    check_finite(network)
     for block in network.blocks:
         block.attn.fused = network.pos_embed.is_cuda or dtype == torch.float32
     return network
+
+
+def check_finite(network: SiT, of: str = "") -> None:
+    """Raises ValueError naming a weight that is not finite in the type that it is held in; `of` says whose it is."""
+    for name, value in network.named_parameters():
+        if not value.isfinite().all():
+            raise ValueError(f"{of}{name} is not finite in {str(value.dtype).removeprefix('torch.')}")
 
 
 def quantize(network: SiT, kind: str) -> float:

@@ -71,7 +71,7 @@ class Editor:
         compile: bool = False,
         keep_steps: bool = False,
     ):
-        settings = sampling.settings(networks.path_type or "linear")
+        settings = sampling.settings(networks.path_type, networks.refiner_step)
         check_settings(networks, settings)
         self.networks, self.options, self.seed, self.keep_steps = networks, options, sampling.seed, keep_steps
         engine = StaticGraphs if compile else None

@@ -19,6 +19,7 @@ from flowturbo.networks.precision import cast, pick_precision, quantize
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.system.distributed import pick_device
+from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import SDESampler
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 from flowturbo.weights.checkpoint import resolve
@@ -142,14 +143,23 @@ def check_match(predictor: SiT, refiner: VelocityRefiner | None, autoencoder: Au
         raise ValueError(f"vae_ckpt 'none' is for models of 1 or 3 channels, this predictor has {channels}")
 
 
+class NotFinite(FloatingPointError):
+    """Networks have made something that is not finite."""
+
+
 def check_settings(networks: Networks, settings: SamplerSettings) -> None:
     """Raises ValueError for what the predictor cannot do: guidance without a null class, another path than its own."""
-    if networks.predictor.class_dropout_prob <= 0 and settings.guidance.scale != 1:
-        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    check_guidance(networks.predictor, settings.guidance)
     if networks.path_type not in (None, settings.path_type):
         raise ValueError(
             f"the predictor was trained on the {networks.path_type} path, not on path_type {settings.path_type}"
         )
+
+
+def check_guidance(predictor: SiT, guidance: Guidance) -> None:
+    """Raises ValueError for guidance without a null class."""
+    if predictor.class_dropout_prob <= 0 and guidance.scale != 1:
+        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
 
 
 class ImageSampler:
@@ -183,13 +193,29 @@ class ImageSampler:
         return str(self.spec)
 
     def __call__(self, seed: int, numbers: range, classes: Sequence[int]) -> Tensor:
-        """uint8 images (N, C, H, W) on the device. Raises ValueError for classes that the predictor has not."""
+        """uint8 images (N, C, H, W), or without `decode` latents, on the device.
+
+        Raises ValueError for classes that the predictor has not, NotFinite where an image is not finite.
+        """
         shape, device = self.networks.predictor.input_shape, self.networks.device
         z, y = keyed_noise(seed, numbers, shape).to(device), self._labels(classes).to(device)
         if isinstance(self.sampler, SDESampler):
             noise = lambda k: keyed_noise(seed, numbers, shape, Stream.SDE + k)  # noqa: E731
-            return self.sampler.sample(z, y, noise)
-        return self.sampler.sample(z, y)
+            made = self.sampler.sample(z, y, noise)
+        else:
+            made = self.sampler.sample(z, y)
+        return self._checked(made, numbers)
+
+    def _checked(self, made: Tensor, numbers: range) -> Tensor:
+        """Latents, or what `_decode` has made as uint8. Raises NotFinite naming samples that are not finite."""
+        decoded = self.sampler.decode is not None
+        finite = made[:, 0, 0, 0] >= 0 if decoded else made.isfinite().flatten(1).all(1)
+        bad = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
+        if bad:
+            held = str(next(self.networks.predictor.blocks.parameters()).dtype).removeprefix("torch.")
+            shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise NotFinite(f"sample {shown}: not finite with schedule {self.spec} in {held}")
+        return made.to(torch.uint8) if decoded else made
 
     def _labels(self, classes: Sequence[int]) -> Tensor:
         count = self.networks.predictor.num_classes
@@ -198,4 +224,7 @@ class ImageSampler:
         return torch.tensor(classes)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return to_uint8(self.networks.autoencoder.decode(latents))
+        """The bytes of images, int16: an image that is not finite is -1, since a graph can raise nothing."""
+        images = self.networks.autoencoder.decode(latents)
+        finite = images.isfinite().flatten(1).all(1)[:, None, None, None]
+        return torch.where(finite, to_uint8(images).short(), -1)

@@ -13,14 +13,18 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from flowturbo.system.claims import OtherSettings, check_same, read_record, write_record
 from flowturbo.system.files import atomic_write, remove_leftovers, sha256
 
+COUNT = "num_fid_samples"  # the setting that may grow
+STORED = "stored"  # in the record of a set that is made again or grows: the digests of its outputs before
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # archives of equal content are equal byte for byte
 
 
@@ -42,11 +46,12 @@ class SampleFolder:
         """How many of micro-batch k's samples belong to the run."""
         return min(self.batch, self.count - k * self.batch)
 
-    def is_complete(self, settings: Mapping[str, Any]) -> bool:
+    def is_complete(self, settings: Mapping[str, Any], maker: Mapping[str, str] | None = None) -> bool:
         """Whether it was made with these settings (JSON types), and its outputs are there as they were recorded.
 
-        Writes nothing. Raises OtherSettings naming the first difference where the folder was made with other
-        settings or holds something else, or its record is damaged.
+        It may have fewer samples, which it then is to grow by. `maker` says what would make the rest: code and torch.
+        Writes nothing. Raises OtherSettings naming the first difference where the folder was made with other settings,
+        is unfinished and of another maker, or holds something else, or its record is damaged.
         """
         found = read_record(self.record)
         if found is None:
@@ -54,16 +59,21 @@ class SampleFolder:
                 if path.exists():
                     raise OtherSettings(f"{path} is there and not of this run")
             return False
-        before, digests = found.get("settings"), found.get("outputs", {})
-        if not isinstance(before, dict) or not isinstance(digests, dict):
+        before, digests, made = found.get("settings"), found.get("outputs", {}), found.get("made_by")
+        if not isinstance(before, dict) or not all(isinstance(part, dict) for part in (digests, found.get(STORED, {}))):
             raise OtherSettings(f"{self.record} is damaged")
-        check_same(f"folder {os.fspath(self.folder)!r}", before, json.loads(json.dumps(settings)))
-        return bool(digests) and all(
-            os.path.isfile(self.folder.parent / name) and sha256(self.folder.parent / name) == digest
-            for name, digest in digests.items()
-        )
+        what, settings = f"folder {os.fspath(self.folder)!r}", json.loads(json.dumps(settings))
+        grows = type(before.get(COUNT)) is int and before[COUNT] < self.count
+        check_same(what, {**before, COUNT: self.count} if grows else before, settings)
+        whole = set() if grows else self._whole(digests)
+        if digests and whole == digests.keys():
+            return True
+        all_is_there = self.archive.name in whole  # what else is lost is made of it
+        if maker is not None and isinstance(made, dict) and not all_is_there:
+            check_same(f"the first part of {what}", made, maker)
+        return False
 
-    def claim(self, settings: Mapping[str, Any]) -> bool:
+    def claim(self, settings: Mapping[str, Any], maker: Mapping[str, str] | None = None) -> bool:
         """Make the folder for these settings, or go on with one made for the same; whether it is complete.
 
         Raises as `is_complete`.
@@ -73,17 +83,34 @@ class SampleFolder:
         for output in (self.archive, self.features):
             for leftover in output.parent.glob(f".{glob.escape(output.name)}.*"):
                 leftover.unlink(missing_ok=True)
-        complete = self.is_complete(settings)
-        if not self.record.exists():
-            write_record(self.record, {"settings": settings})
-        return complete
+        if self.is_complete(settings, maker):
+            return True
+        found = read_record(self.record) or {}
+        record = {"settings": settings, "made_by": found.get("made_by") or maker}
+        if stored := found.get("outputs") or found.get(STORED):  # what has been made is taken from there
+            record[STORED] = stored
+        write_record(self.record, record)
+        return False
 
-    def complete(self, settings: Mapping[str, Any], outputs: Iterable[Path]) -> None:
+    def complete(
+        self, settings: Mapping[str, Any], outputs: Iterable[Path], maker: Mapping[str, str] | None = None
+    ) -> None:
         """Record the outputs' digests, then drop the micro-batch files."""
         digests = {os.fspath(path.relative_to(self.folder.parent)): sha256(path) for path in outputs}
-        write_record(self.record, {"settings": settings, "outputs": digests})
+        maker = (read_record(self.record) or {}).get("made_by") or maker
+        write_record(self.record, {"settings": settings, "made_by": maker, "outputs": digests})
         for k in range(self.batches):
             self._path(k).unlink(missing_ok=True)
+
+    def stored(self) -> Stored:
+        """The outputs that were made before, as far as they are still as they were recorded."""
+        digests = (read_record(self.record) or {}).get(STORED, {})
+        return Stored(self, frozenset(self._whole(digests)))
+
+    def _whole(self, digests: Mapping[str, str]) -> set[str]:
+        """The names of outputs that have their digests."""
+        files = {name: self.folder.parent / name for name in digests}
+        return {name for name, path in files.items() if path.is_file() and sha256(path) == digests[name]}
 
     def write(self, k: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep micro-batch k's arrays, each with `batch` rows; the padding is cut off."""
@@ -95,7 +122,7 @@ class SampleFolder:
             file.write(buffer.getbuffer())
 
     def read(self, k: int) -> dict[str, np.ndarray] | None:
-        """Micro-batch k's arrays, or None where its file is missing or damaged, as its sha256 tells."""
+        """Micro-batch k's arrays, or None where its file is missing, short or damaged, as its sha256 tells."""
         try:
             content = self._path(k).read_bytes()
         except OSError:
@@ -104,7 +131,8 @@ class SampleFolder:
         if hashlib.sha256(archive).digest() != digest:
             return None
         with np.load(io.BytesIO(archive), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        return arrays if all(len(rows) == self.kept(k) for rows in arrays.values()) else None  # else: of a smaller set
 
     def write_archive(self) -> None:
         """The .npz with arr_0 alone, uint8 (count, H, W, C), one micro-batch in memory at a time."""
@@ -130,8 +158,43 @@ class SampleFolder:
             raise OSError(f"{self._path(k)} is missing or damaged; sampling again redoes it")
         return arrays
 
+    def pictures(self, k: int) -> list[Path]:
+        """Where the pictures of micro-batch k lie, if there are any."""
+        return [self.folder / "png" / f"{number:06d}.png" for number in self.numbers(k)[: self.kept(k)]]
+
     def _path(self, k: int) -> Path:
         return self.folder / "batches" / f"{k:06d}.batch"
+
+
+class Stored:
+    """The images in the outputs of a set that was complete once: its archive, or else its pictures."""
+
+    def __init__(self, folder: SampleFolder, whole: frozenset[str]):
+        self.folder, self.whole = folder, whole
+
+    def images(self, k: int) -> np.ndarray | None:
+        """The images of micro-batch k (n, H, W, C); None where they are not all there."""
+        folder, first = self.folder, k * self.folder.batch
+        if self._has(folder.archive) and first + folder.kept(k) <= len(self._archive):
+            return np.array(self._archive[first : first + folder.kept(k)])
+        if all(map(self._has, folder.pictures(k))):
+            return np.stack([np.atleast_3d(np.asarray(Image.open(path))) for path in folder.pictures(k)])
+        return None
+
+    def _has(self, path: Path) -> bool:
+        return os.fspath(path.relative_to(self.folder.folder.parent)) in self.whole
+
+    @cached_property
+    def _archive(self) -> np.ndarray:
+        """The archive's images, which stay on the disk."""
+        with zipfile.ZipFile(self.folder.archive) as archive, archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, _ = np.lib.format.read_array_header_1_0(member)
+            inside, header = member.tell(), archive.getinfo("arr_0.npy").header_offset
+        with open(self.folder.archive, "rb") as file:
+            file.seek(header + 26)  # a member's header ends with its name and extra field, of these lengths
+            lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+        return np.memmap(self.folder.archive, np.uint8, "r", header + 30 + lengths + inside, shape)
 
 
 def read_archive(path: str | os.PathLike[str]) -> np.ndarray:

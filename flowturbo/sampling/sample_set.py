@@ -6,9 +6,9 @@ Interrupted, the same call goes on; only what is missing is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,9 +26,10 @@ from flowturbo.evaluation import Extractor, FeatureSet, GaussianStatistics, load
 from flowturbo.networks.precision import pick_precision
 from flowturbo.sampling.generate import Files, ImageSampler, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions, SetOptions
-from flowturbo.sampling.sample_folder import SampleFolder
+from flowturbo.sampling.sample_folder import SampleFolder, Stored
 from flowturbo.sampling.solvers import LearnedSolver, check_made_for, parse_sampler
 from flowturbo.system.cli import warn
+from flowturbo.system.code import made_by
 from flowturbo.system.distributed import World
 from flowturbo.system.files import exclusive, sha256
 
@@ -69,21 +70,26 @@ def make_sample_set(
         folder = SampleFolder(options.folder(sampling), options.num_fid_samples, options.per_proc_batch_size)
         sample_set = SampleSet(options, sampling.seed, sampler, extractor, folder, ranks)
         record = ranks.agree(lambda: record_of(options, network_options, sampling, files, sample_set))
-        complete = ranks.agree(lambda: folder.is_complete(record))
+        complete = ranks.agree(lambda: folder.is_complete(record, made_by()))
         if network_options.compile and not complete:  # before the folder is there: it may not work on this machine
             sampler(0, range(options.per_proc_batch_size), [0] * options.per_proc_batch_size)
-        folder.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder.folder) if ranks.is_main else nullcontext():
-            if ranks.is_main and options.png:
-                sample_set.warn_of_other_pictures()
-            if ranks.agree(lambda: folder.claim(record)):
-                say(f"already complete: {folder.archive}")
-                return Summary(folder.archive, folder.features, 0.0)
-            ms_per_image = sample_set.make()
-            ranks.barrier()
-            statistics = sample_set.merged_statistics() if extractor is not None else {}
-            say(ranks.agree(lambda: sample_set.finish(record, statistics)))
-            return Summary(folder.archive, folder.features, ms_per_image)
+        return carry_out(sample_set, record, say)
+
+
+def carry_out(sample_set: SampleSet, record: dict[str, Any], say: Callable[[str], object]) -> Summary:
+    """Make what is missing of a set, and its outputs. Raises OtherSettings where its folder has another record."""
+    folder, ranks = sample_set.folder, sample_set.ranks
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    with ranks.hold(lambda: exclusive(folder.folder)):
+        if ranks.is_main and sample_set.options.png:
+            sample_set.warn_of_other_pictures()
+        if ranks.agree(lambda: folder.claim(record, made_by())):
+            say(f"already complete: {folder.archive}")
+            return Summary(folder.archive, folder.features, 0.0)
+        ms_per_image = sample_set.make(ranks.agree(folder.stored))
+        ranks.barrier()
+        say(ranks.agree(lambda: sample_set.finish(record)))
+        return Summary(folder.archive, folder.features, ms_per_image)
 
 
 @contextmanager
@@ -142,15 +148,15 @@ class SampleSet:
 
     options: SetOptions
     seed: int
-    sampler: ImageSampler
+    sampler: Any  # (seed, numbers, conditions) -> uint8 images: an ImageSampler, or one of prompts
     extractor: Extractor | None
     folder: SampleFolder
     ranks: World
 
-    def make(self) -> float:
+    def make(self, stored: Stored) -> float:
         """Make the micro-batches of this rank that are not there yet; returns the median milliseconds per image.
 
-        Files are written by a second thread while the next micro-batch is sampled.
+        What `stored` has is not sampled again. Files are written by a second thread while the next micro-batch is made.
         """
         folder, ranks = self.folder, self.ranks
         bar = tqdm(total=folder.count, unit="img", disable=not ranks.is_main, dynamic_ncols=True, desc="sampling")
@@ -158,10 +164,11 @@ class SampleSet:
             written: Future | None = None
             seconds: list[float] = []
             for k in range(ranks.rank, folder.batches, ranks.size):
-                if not self._is_done(k):
-                    begin = time.perf_counter()
+                arrays, begin = self._at_hand(k, stored), time.perf_counter()
+                if arrays is None:
                     arrays = self._sample(k)
                     seconds.append(time.perf_counter() - begin)
+                if not self._is_done(k):
                     if written is not None:
                         written.result()  # one batch behind at most; raises what the writing raised
                     written = writer.submit(self._write, k, arrays)
@@ -170,15 +177,36 @@ class SampleSet:
                 written.result()
         return 1000 * median(seconds or [0.0]) / folder.batch
 
+    def _at_hand(self, k: int, stored: Stored) -> dict[str, np.ndarray] | None:
+        """What `_sample` would make, where it was made before."""
+        arrays = self.folder.read(k)
+        if arrays is None and (images := stored.images(k)) is not None:
+            return self._restore(k, images)
+        return arrays
+
     def _sample(self, k: int) -> dict[str, np.ndarray]:
         """Images (n, H, W, C), labels and features of micro-batch k, on the host."""
         numbers = self.folder.numbers(k)
+        return self._arrays(self.sampler(self.seed, numbers, self._conditions(k)), k)
+
+    def _restore(self, k: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        """As `_sample`, from its images, padded: how many are computed at once changes the last bits of features."""
+        rows = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.ranks.device)
+        return self._arrays(torch.cat([rows, rows[-1:].expand(self.folder.batch - len(rows), -1, -1, -1)]), k)
+
+    def _classes(self, k: int) -> list[int]:
+        """The label of each sample of micro-batch k, as the archive has it."""
         num_classes = self.sampler.networks.predictor.num_classes
-        classes = [class_of(self.seed, i, num_classes, self.options.labels) for i in numbers]
-        images = self.sampler(self.seed, numbers, classes)
+        return [class_of(self.seed, i, num_classes, self.options.labels) for i in self.folder.numbers(k)]
+
+    def _conditions(self, k: int) -> Sequence[Any]:
+        """What the sampler is given for them."""
+        return self._classes(k)
+
+    def _arrays(self, images: Tensor, k: int) -> dict[str, np.ndarray]:
         tensors: dict[str, Tensor] = {
             "images": images.permute(0, 2, 3, 1).contiguous(),
-            "labels": torch.tensor(classes),
+            "labels": torch.tensor(self._classes(k)),
         }
         if self.extractor is not None:  # grey images become three equal channels
             features = self.extractor(images.expand(-1, 3, -1, -1))
@@ -190,17 +218,12 @@ class SampleSet:
         arrays = self.folder.read(k)
         if arrays is None or not self.options.png:
             return arrays is not None
-        pictures = zip(self._pictures(k), arrays["png_sha256"], strict=True)
+        pictures = zip(self.folder.pictures(k), arrays["png_sha256"], strict=True)
         return all(path.is_file() and sha256(path) == digest for path, digest in pictures)
-
-    def _pictures(self, k: int) -> list[Path]:
-        """Where the pictures of micro-batch k lie."""
-        numbers = self.folder.numbers(k)[: self.folder.kept(k)]
-        return [self.folder.folder / "png" / f"{number:06d}.png" for number in numbers]
 
     def _write(self, k: int, arrays: dict[str, np.ndarray]) -> None:
         if self.options.png:
-            paths = self._pictures(k)
+            paths = self.folder.pictures(k)
             for path, image in zip(paths, arrays["images"], strict=False):  # the last micro-batch is padded
                 save_png(path, to_pil(torch.from_numpy(image).permute(2, 0, 1)))
             arrays = {**arrays, "png_sha256": np.array([sha256(path) for path in paths])}
@@ -208,27 +231,11 @@ class SampleSet:
 
     def warn_of_other_pictures(self) -> None:
         """Tell of pictures beside those of this run: who measures the folder would count them."""
-        own = {path for k in range(self.folder.batches) for path in self._pictures(k)}
+        own = {path for k in range(self.folder.batches) for path in self.folder.pictures(k)}
         if others := sorted(set((self.folder.folder / "png").glob("*.png")) - own):
             warn(f"{len(others)} pictures that are not of this run, such as {others[0]}")
 
-    def merged_statistics(self) -> dict[str, GaussianStatistics]:
-        """Float64 statistics of "pool" and "spatial" features: each rank sums its own micro-batches, then all."""
-        folder, ranks = self.folder, self.ranks
-        statistics: dict[str, GaussianStatistics] = {}
-        template = folder.read(0) or {}
-        for name in ("pool", "spatial"):
-            if name in template:
-                statistics[name] = GaussianStatistics(template[name].shape[1], ranks.device)
-        for k in range(ranks.rank, folder.batches, ranks.size):
-            arrays = folder.expect(k)
-            for name, sums in statistics.items():
-                sums.update(torch.from_numpy(arrays[name]))
-        for sums in statistics.values():
-            ranks.sum(sums.sums)
-        return statistics
-
-    def finish(self, record: dict[str, Any], statistics: dict[str, GaussianStatistics]) -> str:
+    def finish(self, record: dict[str, Any]) -> str:
         """Write archive, preview and features from the micro-batches, then record that the run is complete.
 
         Returns what there is to say.
@@ -241,22 +248,25 @@ class SampleSet:
         folder.write_archive()
         outputs = [folder.archive]
         if self.extractor is not None:
-            self._feature_set(self.extractor, statistics).save(folder.features)
+            self._feature_set(self.extractor).save(folder.features)
             outputs.append(folder.features)
-        pictures = [p for k in range(folder.batches) for p in self._pictures(k)] if self.options.png else []
-        folder.complete(record, [*outputs, *pictures])
+        pictures = [p for k in range(folder.batches) for p in self.folder.pictures(k)] if self.options.png else []
+        folder.complete(record, [*outputs, *pictures], made_by())
         return f"{folder.count} images: {', '.join(map(str, outputs))}; preview: {preview}"
 
-    def _feature_set(self, extractor: Extractor, statistics: dict[str, GaussianStatistics]) -> FeatureSet:
-        folder = self.folder
-        features = {
-            name: torch.empty(folder.count, array.shape[1])
-            for name, array in folder.expect(0).items()
-            if name in ("pool", "logits")
+    def _feature_set(self, extractor: Extractor) -> FeatureSet:
+        """Features of all micro-batches, and their statistics, summed in their order: the ranks change no bit."""
+        folder, template = self.folder, self.folder.expect(0)
+        width = {name: array.shape[1] for name, array in template.items() if name in ("pool", "logits", "spatial")}
+        features = {name: torch.empty(folder.count, size) for name, size in width.items() if name != "spatial"}
+        statistics = {
+            name: GaussianStatistics(size, self.ranks.device) for name, size in width.items() if name != "logits"
         }
         for k, arrays in enumerate(folder):
             for name, rows in features.items():
                 rows[k * folder.batch :][: folder.kept(k)] = torch.from_numpy(arrays[name])
+            for name, sums in statistics.items():
+                sums.update(torch.from_numpy(arrays[name]))
         return FeatureSet(
             source=folder.folder.name,
             extractor=extractor.identity,

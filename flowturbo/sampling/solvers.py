@@ -16,6 +16,7 @@ from typing import Any
 from flowturbo.system.claims import read_record, write_record
 from flowturbo.system.files import sha256
 from flowturbo.transport.guidance import Guidance
+from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.solver import Solver
 from flowturbo.transport.spec import SamplerSpec
 
@@ -69,6 +70,14 @@ def parse_sampler(text: str | Solver | SamplerSpec) -> SamplerSpec:
         if file := named(text.strip()):
             return SamplerSpec.parse(read_solver(file))
         raise ValueError(f"{error}; or a solver: a .json file, or its name in {FOLDER}/") from None
+
+
+def parse_schedule(text: str) -> Schedule | Solver:
+    """As parse_sampler, for what takes steps that are known beforehand. Raises ValueError for dopri5 and SDEs too."""
+    spec = parse_sampler(text)
+    if spec.schedule is None:
+        raise ValueError(f"{spec} is no schedule and no solver")
+    return spec.schedule
 
 
 def named(name: str) -> Path | None:

@@ -67,6 +67,16 @@ def _get_extractor_weights(error: Any) -> str:
     return f"{download}name a local file with --weights (sample_ddp_feature.py: --features-weights)"
 
 
+def _keep_loading(error: Any) -> str:
+    """For LoaderFailed: `cause` is why."""
+    return {
+        "descriptors": "allow more with `ulimit -n 65536`, or lower --num-workers",
+        "shared memory": "enlarge it (docker: --shm-size 8g), or lower --num-workers; 0 needs none",
+        "killed": "lower --num-workers",
+        "waiting": "see whether the disk of --data-path answers",
+    }.get(error.cause, "")
+
+
 ADVICE: dict[str, str | Callable[[Any], str]] = {
     "MissingWeights": _get_weights,
     "DownloadsOff": _get_online,
@@ -74,6 +84,7 @@ ADVICE: dict[str, str | Callable[[Any], str]] = {
     "NoProgress": _get_before,
     "CacheUnusable": "choose another folder with FLOWTURBO_CACHE (download.py: --cache-dir)",
     "UploadFailed": "it needs a token that may write there (`hf auth login`, or HF_TOKEN)",
+    "NotFinite": "take --precision fp32; where it was, the weights are none to sample from",
     "OutOfRange": "take --dtype bf16 or fp32",
     "CannotCompile": "go on without --compile",
     "MissingExtractorWeights": _get_extractor_weights,
@@ -85,5 +96,7 @@ ADVICE: dict[str, str | Callable[[Any], str]] = {
         "(--target predictor)"
     ),
     "Diverged": "lower --lr, set --clip-grad or --warmup, or take --precision fp32",
+    "OtherSettings": "take another --tag, or remove what is there",
+    "LoaderFailed": _keep_loading,
     "TrainedOtherwise": "--allow-changes goes on all the same",
 }

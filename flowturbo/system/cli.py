@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from flowturbo.system.advice import advice_for
 from flowturbo.system.options import add_flags, read_flags
+from flowturbo.system.streams import keep_streams, lost
 from flowturbo.system.values import plain
 
 MISTAKES = (ValueError, OSError, FloatingPointError)  # what run_script tells in one line
@@ -110,16 +111,29 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def run_script(main: Callable[[], object]) -> None:
+class EndedEarly(OSError):
+    """Work that began well could not go on. What was done until then is kept."""
+
+
+def run_script(main: Callable[[], object], prints_result: bool = False) -> None:
     """Run a script's main; turn a user's mistake into one line on stderr and exit code 2.
 
-    Errors that name a mistake are ValueError and OSError; FloatingPointError, a run that diverged, exits with 1;
-    anything else is a defect of ours and keeps its traceback. Interrupting exits with 130.
+    Errors that name a mistake are ValueError and OSError; FloatingPointError, a run that diverged, and EndedEarly exit
+    with 1; anything else is a defect of ours and keeps its traceback. Interrupting exits with 130. A reader of stdout
+    or stderr that has gone, or a terminal that was closed, ends nothing. Where stdout fails otherwise, as on a full
+    disk, stderr says so in the end, and the exit code is 1 if a script prints its result there.
     FLOWTURBO_TRACEBACK=1 shows the traceback of every error.
     """
+    keep_streams()
     print_anything()
     try:
         main()
+        sys.stdout.flush()
+        if "stdout" in lost:
+            word = "error" if prints_result else "warning"
+            print(f"{os.path.basename(sys.argv[0])}: {word}: cannot write stdout: {lost['stdout']}", file=sys.stderr)
+            if prints_result:
+                _exit(1)
     except Exception as error:
         if not isinstance(error, MISTAKES) or os.environ.get("FLOWTURBO_TRACEBACK"):
             sys.excepthook(*sys.exc_info())
@@ -128,7 +142,7 @@ def run_script(main: Callable[[], object]) -> None:
         with first_to_tell(message) as first:
             if first:
                 print(f"{_who()}{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-        _exit(1 if isinstance(error, FloatingPointError) else 2)
+        _exit(1 if isinstance(error, (FloatingPointError, EndedEarly)) else 2)
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         _exit(130)
@@ -137,8 +151,10 @@ def run_script(main: Callable[[], object]) -> None:
 def print_anything() -> None:
     """Have stdout and stderr escape what their encoding does not know: latin-1 or ascii must not end a script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where something else has taken its place
-            stream.reconfigure(errors="backslashreplace")
+        # Not where something else has taken its place, nor where it fails since another file has.
+        with suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _who() -> str:

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -74,6 +74,15 @@ class World:
         with suppress(RuntimeError):
             dist.barrier()  # no rank ends while another has not heard why
         raise cause or outcome[1]
+
+    @contextmanager
+    def hold(self, make: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value]:
+        """Within it rank 0 holds what the function makes, a lock for example; every rank gets what entering it gives.
+
+        Where entering it raises, every rank raises, as in `agree`.
+        """
+        with ExitStack() as held:
+            yield self.agree(lambda: held.enter_context(make()))
 
 
 def _portable(error: Exception) -> Exception:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+LOCK = ".lock"  # the file in a folder that stands for its lock
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
@@ -73,7 +75,7 @@ class InUse(ValueError):
 
 def exclusive(folder: str | os.PathLike[str], patience: float = 0.0) -> AbstractContextManager[None]:
     """Hold a folder's lock. Raises InUse where another process still holds it after `patience` seconds."""
-    return locked(Path(folder) / ".lock", patience, f"folder {os.fspath(folder)!r} is in use by another run")
+    return locked(Path(folder) / LOCK, patience, f"folder {os.fspath(folder)!r} is in use by another run")
 
 
 @contextmanager

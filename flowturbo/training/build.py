@@ -10,13 +10,14 @@ import torch
 from flowturbo.data.classes import read_class_map
 from flowturbo.data.folders import ClassFolder, Subset, TrainingData
 from flowturbo.data.latents import LatentFolder, is_latent_folder
-from flowturbo.data.walk import describe
+from flowturbo.data.pictures import save_png
+from flowturbo.data.report import SHOWN, check_data, contact_sheet
 from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
 from flowturbo.networks.load import load_network
 from flowturbo.networks.precision import cast, pick_precision
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.sampling.generate import load_autoencoder_of
+from flowturbo.sampling.generate import check_guidance, load_autoencoder_of
 from flowturbo.training.options import TrainingOptions
 from flowturbo.training.trajectories import Trajectories
 from flowturbo.weights.checkpoint import resolve
@@ -80,8 +81,7 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
 def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajectories:
     """What recipe endpoint trains on. Raises ValueError for guidance of a predictor without a null class."""
     assert frozen.teacher is not None
-    if frozen.teacher.class_dropout_prob <= 0 and options.guidance.cfg_scale != 1:
-        raise ValueError("this predictor has no null class to guide with: expected cfg_scale 1")
+    check_guidance(frozen.teacher, options.guidance.guidance)
     settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
     count, seed = settings.pop("trajectories"), options.optimisation.seed
     data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
@@ -97,13 +97,37 @@ def described(data: TrainingData) -> str:
     return f"{len(data):,} images in {len(data.classes)} classes"
 
 
-def notes_on(data: TrainingData) -> list[str]:
-    """What there is to say of data: entries that were passed over, and folders taken for classes by their order."""
+def images_of(data: TrainingData) -> ClassFolder | None:
+    """The folder of images behind data; None for cached latents."""
     whole = data.data if isinstance(data, Subset) else data
-    notes = [describe(whole.skipped)] if isinstance(whole, ClassFolder) else []
-    if isinstance(whole, (ClassFolder, LatentFolder, Trajectories)):
-        notes.append(whole.note)
-    return [note for note in notes if note]
+    return whole if isinstance(whole, ClassFolder) else None
+
+
+def look_at(data: TrainingData) -> list[str]:
+    """What there is to say of data. Raises ValueError naming images that cannot be read: before there is a run."""
+    images = images_of(data)
+    if images is not None:
+        report = check_data(images)
+        report.refuse()
+        return report.lines(images)
+    whole = data.data if isinstance(data, Subset) else data
+    return [f"note: {whole.note}"] if isinstance(whole, (LatentFolder, Trajectories)) and whole.note else []
+
+
+def report_on(options: TrainingOptions) -> None:
+    """Print all that there is to say of the images, and write a sheet of crops. Raises ValueError as `look_at`."""
+    given, predictor = options.data, options.predictor
+    if given.data_path is None:
+        raise ValueError("there is no data_path to check")
+    class_map = read_class_map(given.class_map) if given.class_map else None
+    size, channels = given.image_size or 256, predictor.channels
+    data = ClassFolder(given.data_path, size, channels, predictor.num_classes, class_map, given.background)
+    report = check_data(data, thorough=True)
+    print("\n".join([*report.lines(data), *report.unreadable[:SHOWN]]))
+    report.refuse()
+    path = Path(options.output.results_dir) / "data.png"
+    save_png(path, contact_sheet(data))
+    print(f"crops: {path}")
 
 
 def new_model(options: TrainingOptions, frozen: FrozenNetworks, data: TrainingData) -> SiT:

@@ -1,6 +1,7 @@
 """The options of training: a frozen dataclass for each group of flags, and all of them together. No torch is imported.
 
-A field with `shapes=True` shapes a run: one that goes on must share it with its checkpoint.
+A field with `shapes=True` shapes a run: one that goes on must share it with its checkpoint. What shapes it by its
+content (images, class map, networks) is compared by that, not by its path.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class DataOptions(Group):
         "one folder of images per class, or a folder of cached latents; recipe endpoint needs none",
         metavar="DIR",
     )
-    class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON", shapes=True)
+    class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON")
+    check_data: bool = option(False, "look at every image, report on the data, and end")
     subset: float = option(
         1.0, "train on this share of every class", within=Range(lambda value: 0 < value <= 1, "lie in (0, 1]")
     )
@@ -57,7 +59,6 @@ class DataOptions(Group):
         "autoencoder: vae-ema (stabilityai/sd-vae-ft-ema), vae-mse, a hub id, a local folder, or none to work on "
         "pixels",
         metavar="NAME",
-        shapes=True,
     )
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ class Optimisation(Group):
         None, "over all ranks (default: refiner 18, recipe endpoint 64, predictor 256)", within=AT_LEAST_1, shapes=True
     )
     steps: int = option(
-        None, "updates (default: refiner 30000, recipe endpoint 3000, predictor 400000)", within=AT_LEAST_1
+        None, "updates (default: refiner 30000, recipe endpoint 2000, predictor 400000)", within=AT_LEAST_1
     )
     max_hours: float | None = option(None, "stop cleanly, with a checkpoint, after so many hours", within=POSITIVE)
     epochs: int | None = option(None, "passes over the data, in place of steps", within=AT_LEAST_1)
@@ -129,7 +130,7 @@ class Optimisation(Group):
         shapes=True,
     )
     clip_grad: float | None = option(None, "largest norm of the gradient", within=POSITIVE, shapes=True)
-    accumulate: int = option(1, "split each rank's share into so many passes", within=AT_LEAST_1)
+    accumulate: int = option(1, "split each rank's share into so many passes", within=AT_LEAST_1, shapes=True)
     exact: bool = option(
         False,
         "results that do not depend on the number of ranks, bit for bit: gradients of 12 fixed parts of the batch are "
@@ -221,7 +222,7 @@ class TrainingOptions:
         if self.data.data_path is None and not self.by_end_points:
             raise ValueError(f"target {self.target} needs data_path, the images; only recipe endpoint does without")
         if self.target == "refiner":
-            if not self.refiner.model_teacher_ckpt:
+            if not self.refiner.model_teacher_ckpt and not self.data.check_data:
                 raise ValueError("target refiner needs model_teacher_ckpt, the trained predictor")
             if self.predictor.path_type != "linear":
                 raise ValueError("target refiner works on the linear path: expected path_type linear")
@@ -257,6 +258,8 @@ class TrainingOptions:
         """The settings that shape the run, with their defaults; its length too where the learning rate follows it."""
         declared = [each for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
         shaping = {each.name: each.default for each in declared}
+        if self.optimisation.exact:  # its parts of the batch are others
+            del shaping["accumulate"]
         if self.by_end_points:
             shaping |= dict.fromkeys(self.trajectory_settings())
         if self.optimisation.lr_schedule != "constant":

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowturbo.sampling.options import REFINER_STEP_HELP
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.options import AT_LEAST_1, Group, Range, option
 from flowturbo.transport.blocks import BLOCKS, REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, RECIPES
 from flowturbo.transport.schedule import Schedule
 
 ENDPOINT = "endpoint"
-ENDPOINT_DEFAULTS: dict[str, Any] = {"global_batch_size": 64, "lr": 1e-3, "steps": 3000}  # measured on digits alone
+ENDPOINT_DEFAULTS: dict[str, Any] = {"global_batch_size": 64, "lr": 1e-3, "steps": 2000}  # found on digits
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,20 @@ class RefinerOptions(Group):
     schedule: str = option("H1P5R3", "what recipe endpoint trains for, its R blocks last; and of the sample grids")
     refiner_step: str = option("released", REFINER_STEP_HELP, choices=REFINER_STEPS)
     trajectories: int = option(
-        4096, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
+        8192, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
     )
     reference: str = option("M32", "the schedule of the finer solutions, without R")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        schedule, reference = Schedule.parse(self.schedule), Schedule.parse(self.reference)
+        reference, spec = Schedule.parse(self.reference), parse_sampler(self.schedule)
+        if isinstance(spec.schedule, Schedule):  # in one spelling: checkpoints record it
+            object.__setattr__(self, "schedule", str(spec))
+        object.__setattr__(self, "reference", str(reference))
         if reference.has_refiner:
             raise ValueError(f"reference {reference} must be of the predictor alone, without R")
         if self.recipe == ENDPOINT:
+            schedule = Schedule.parse(self.schedule)
             tail = schedule.blocks[len(schedule.prefix) :]
             if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
                 raise ValueError(

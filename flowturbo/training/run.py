@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flowturbo.data.folders import TrainingData
-from flowturbo.data.loader import Batch, TrainingSamples, training_loader
+from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
 from flowturbo.data.pictures import grid, save_png
+from flowturbo.data.report import contact_sheet
+from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
-from flowturbo.sampling.generate import ImageSampler, Networks
+from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.distributed import World
-from flowturbo.training.build import FrozenNetworks
+from flowturbo.training.build import FrozenNetworks, described, images_of
 from flowturbo.training.log import RunLog
-from flowturbo.training.objective import Objective
-from flowturbo.training.options import Optimisation, TrainingOptions
+from flowturbo.training.objective import Loss, Objective
+from flowturbo.training.options import Optimisation, OutputOptions, TrainingOptions
 from flowturbo.training.step import State, Update, update
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
@@ -31,51 +34,73 @@ from flowturbo.weights.info import without_folders
 
 
 @dataclass
-class Run:
-    """A run under way. `optimisation` has its steps in all; `record` is what its checkpoints say of it."""
+class AnyRun:
+    """A run under way, of whatever network. `optimisation` has its steps in all; `record` is what its checkpoints say
+    of it."""
 
-    options: TrainingOptions
     optimisation: Optimisation
+    output: OutputOptions
     ranks: World
     state: State
     folder: Path
     record: dict[str, Any]
-    frozen: FrozenNetworks
 
     @property
     def is_done(self) -> bool:
         """Whether all steps have been made."""
         return self.state.step >= self.optimisation.steps
 
-    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+    def loader_of(self, samples: Dataset, workers: int) -> DataLoader:
         """Batches for the steps that are left, of this rank's share."""
-        optimisation = self.optimisation
         return training_loader(
-            TrainingSamples(data, optimisation.seed, objective.draw, flip=self.options.data.flip),
-            optimisation.global_batch_size,
+            samples,
+            self.optimisation.global_batch_size,
             self.ranks,
             first=self.state.step,
-            last=optimisation.steps,
-            workers=self.options.data.num_workers,
-            exact=optimisation.exact,
+            last=self.optimisation.steps,
+            workers=workers,
+            exact=self.optimisation.exact,
         )
 
-    def fit(self, batches: Iterable[Batch], objective: Objective, stop: StopRequest, log: RunLog) -> None:
+    def make_steps(self, loader: DataLoader, objective: Loss, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+        """Make the steps that are left, and log them; whether all have been made when it ends.
+
+        Raises LoaderFailed, with the state saved, where the data cannot be read on.
+        """
+        ranks = self.ranks
+        with RunLog(self.folder if ranks.is_main else None, self.optimisation.steps, self.state.step) as log:
+            for note in notes:
+                log.say(note)
+            failure = self.fit(loader, objective, stop, log)
+            ranks.barrier()
+            step = self.state.step
+            if failure is not None:
+                raise LoaderFailed(f"{failure}; the run stopped after step {step}, saved", failure.cause)
+            if self.is_done:
+                log.say(f"done: {self.folder}")
+            else:
+                why = stop.signal or ("the time limit" if stop.late else "another rank")
+                log.say(f"stopped by {why} after step {step}; go on with the same command and --resume auto")
+        return self.is_done
+
+    def fit(self, batches: Iterable[Batch], objective: Loss, stop: StopRequest, log: RunLog) -> LoaderFailed | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
+        Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
-        state, output, main = self.state, self.options.output, self.ranks.is_main
+        state, output, main = self.state, self.output, self.ranks.is_main
         if self.is_done:
-            return
+            return None
         if objective.prepares and main and state.step == 0:
             self.save()  # by which a run that is stopped or killed while it prepares is found again
         if not objective.prepare(self.folder, self.ranks, stop, log):
-            return
+            return None
         before: Update | None = None
-        for batch in batches:
-            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, stop.wanted)
+        for batch, failure in ahead(batches):
+            wanted = stop.wanted or failure is not None
+            told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, wanted)
             log.advance(state.step, self.optimisation.global_batch_size)
             logs, saves, samples = (
                 self.is_done or bool(every and state.step % every == 0)
@@ -91,20 +116,60 @@ class Run:
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
             if stopping:
-                return
+                return failure
             if main and samples and output.sample_every:
-                save_png(self.folder / "samples" / f"{state.step:07d}.png", self.picture())
+                self.show(saved=saves)
+        return None
 
     def save(self) -> Path:
         """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
 
         Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
         """
-        output = self.options.output
+        output = self.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
+
+    def show(self, saved: bool) -> None:
+        """Write the step's picture. Raises NotFinite where it is not, the state saved by then."""
+        try:
+            save_png(self.folder / "samples" / f"{self.state.step:07d}.png", self.picture())
+        except NotFinite as error:
+            path = self.folder / CHECKPOINTS if saved else self.save()
+            raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
+
+    def picture(self) -> Image.Image:
+        """What the network can do by now."""
+        raise NotImplementedError
+
+
+@dataclass
+class Run(AnyRun):
+    """A run of train.py."""
+
+    options: TrainingOptions
+    frozen: FrozenNetworks
+
+    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+        """Batches for the steps that are left, of this rank's share."""
+        samples = TrainingSamples(data, self.optimisation.seed, objective.draw, flip=self.options.data.flip)
+        return self.loader_of(samples, self.options.data.num_workers)
+
+    def execute(self, data: TrainingData, objective: Objective, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+        """Make the steps that are left on the data, as `make_steps`."""
+        ranks, loader = self.ranks, self.loader(data, objective)
+        trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        first, total = self.state.step, self.optimisation.steps
+        said = [
+            f"{self.options.target}: {trained:,} parameters, {described(data)}",
+            *notes,
+            f"{ranks.size} x {ranks.device}, {self.frozen.dtype}, steps {first} to {total}, writing to {self.folder}",
+        ]
+        if ranks.is_main and (images := images_of(data)) is not None:
+            save_png(self.folder / "data.png", contact_sheet(images))
+        return self.make_steps(loader, objective, stop, said)
 
     def picture(self) -> Image.Image:
         """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.
@@ -126,6 +191,6 @@ class Run:
         settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
         classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
         names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
-        samplers = [ImageSampler(networks, name, settings) for name in names]
+        samplers = [ImageSampler(networks, parse_sampler(name), settings) for name in names]
         rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  {guidance}" for name in names])
+        return grid(rows, [f"{name}  {guidance}" for name in samplers])

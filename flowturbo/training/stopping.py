@@ -9,15 +9,17 @@ import threading
 import time
 from types import FrameType
 
-EXIT_STOPPED = 75  # stopped by a signal, saved, to be resumed: EX_TEMPFAIL of sysexits.h
+from flowturbo.system.signals import STOPS
+
+EXIT_STOPPED = 75  # stopped by a signal or the time limit, saved, to be resumed: EX_TEMPFAIL of sysexits.h
 _ECHO = 1.0  # seconds within which a signal is the same one, sent to the group and passed on by torchrun
 
 
 class StopRequest:
-    """Within it SIGTERM and SIGINT ask for a stop at the next step's end instead of ending the process.
+    """Within it the signals in STOPS ask for a stop at the next step's end instead of ending the process.
 
     A second signal, later than an echo of the first, ends the process at once; checkpoints are written whole or not
-    at all, so that does no harm. `max_hours` asks for a stop by itself.
+    at all, so that does no harm. `max_hours` asks for a stop by itself. SIGHUP stays ignored where it was, as by nohup.
     """
 
     def __init__(self, max_hours: float | None = None):
@@ -38,8 +40,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread take signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._receive)
+            for number in STOPS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

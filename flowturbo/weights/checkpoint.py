@@ -239,15 +239,6 @@ def check_digest(path: str | os.PathLike[str]) -> bool:
     return digest is not None
 
 
-def newest_checkpoint(results: str | os.PathLike[str], name: str, warn: Callable[[str], object] = print) -> Path | None:
-    """The newest whole checkpoint of the newest run NUMBER-name under `results` that has one, or None."""
-    runs = {int(p.name.partition("-")[0]): p for p in Path(results).glob("*-*") if is_run(p.name, name)}
-    for number in sorted(runs, reverse=True):
-        if found := CheckpointFolder(runs[number] / CHECKPOINTS).newest(warn):
-            return found
-    return None
-
-
 def is_run(folder: str, name: str) -> bool:
     """Whether a folder's name is NUMBER-name."""
     number, _, rest = folder.partition("-")

@@ -7,7 +7,7 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from flowturbo.evaluation import frechet_distance, inception_score, kid, precision_recall, resample_counts
+from flowturbo.evaluation import frechet_distance, inception_score, kid, mind, precision_recall, resample_counts
 from flowturbo.evaluation.metrics import covariance_root
 from flowturbo.evaluation.precision import full_precision
 
@@ -155,6 +155,59 @@ def test_kid_with_counts_skips_pairs_of_copies():
     values = kid(samples, references, counts, block=7)
     assert values[1].item() == pytest.approx(expected.item(), rel=1e-9)
     assert values[0].item() == pytest.approx(kid(samples, references).item(), rel=1e-12)
+
+
+def test_mind_of_a_shift_is_its_square():
+    """As FID: a factor of the dimensions makes up for the part of a shift that a direction sees."""
+    references = features_of(400)
+    shift = torch.linspace(0, 0.5, 16)
+    value = mind(references[torch.randperm(400)] + shift, references, directions=2000).item()
+    assert value == pytest.approx(shift.square().sum().item(), rel=0.06)
+    assert mind(references, references).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_mind_of_one_dimension_is_the_transport_cost():
+    x, y = torch.randn(30, 1), torch.randn(40, 1) * 2 + 1
+    # Each of 30 repeated 4 times, each of 40 repeated 3 times: 120 pairs in order.
+    expected = (x.sort(0).values.repeat_interleave(4) - y.sort(0).values.repeat_interleave(3)).square().mean()
+    assert mind(x, y, directions=3).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [25, 60])
+def test_mind_matches_scipy_on_every_direction(count):
+    from scipy.optimize import linear_sum_assignment
+
+    samples, references = features_of(60, 3, seed=1, shift=0.3).double(), features_of(60, 3).double()
+    counts = torch.zeros(60)
+    counts[:count] = 1
+    if count == 25:
+        counts[:5] += 7  # 25 + 35: 60 in all
+    chosen = samples.repeat_interleave(counts.long(), dim=0)
+    rays = torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), dim=1).double()
+    costs = []
+    for ray in rays:
+        cost = ((chosen @ ray)[:, None] - (references @ ray)).square()
+        costs.append(cost[linear_sum_assignment(cost)].mean())
+    expected = 3 * torch.stack(costs).mean().item()
+    assert mind(samples, references, counts[None], directions=40, block=7).item() == pytest.approx(expected, rel=1e-9)
+    assert mind(chosen, references, directions=40).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bootstrap_error_of_mind_is_the_spread_of_fresh_draws():
+    references = features_of(400, 6)
+    draws = torch.cat([mind(features_of(300, 6, seed, 0.4), references, directions=50) for seed in range(1, 41)])
+    resampled = mind(features_of(300, 6, 99, 0.4), references, resample_counts(300, 40), directions=50)
+    assert 0.6 < (resampled[1:].std() / draws.std()).item() < 1.6
+
+
+def test_mind_takes_resamples_of_one_size():
+    with pytest.raises(ValueError, match="one size"):
+        mind(features_of(3), features_of(3), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+
+
+def test_mind_of_a_single_image_is_refused():
+    with pytest.raises(ValueError, match="1 samples: MIND needs at least 2"):
+        mind(features_of(1), features_of(5))
 
 
 def test_resampling():

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -51,6 +52,7 @@ import sample_ddp_feature  # noqa: E402
 import train  # noqa: E402
 from flowturbo.data.folders import ClassFolder  # noqa: E402
 from flowturbo.system import cli  # noqa: E402
+from flowturbo.system.signals import STOPS  # noqa: E402
 from flowturbo.training import run as training_run  # noqa: E402
 from flowturbo.training.step import State  # noqa: E402
 from flowturbo.training.stopping import EXIT_STOPPED  # noqa: E402
@@ -227,6 +229,7 @@ class Lab:
 
     def __init__(self, root: Path, seed: int, quick: bool):
         self.root, self.dice, self.quick = root, random.Random(seed), quick
+        os.environ["FLOWTURBO_CACHE"] = str(root / "cache")  # where runs remember the data that they have looked at
         self.report: dict[str, dict[str, list]] = {}  # campaign -> its figures and failures
         self.begin("laboratory")
         self.number = 0
@@ -393,7 +396,7 @@ def saves(lab: Lab) -> None:
 
 
 def signals(lab: Lab) -> None:
-    """SIGTERM and SIGINT: saved at the next step, exit code 75, the same bits in the end."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1: saved at the next step, exit code 75, the same bits in the end."""
     total = saved = second = 0
     worlds = WORLDS[:4]
     for index, (ranks, workers) in enumerate(worlds):
@@ -408,7 +411,7 @@ def signals(lab: Lab) -> None:
                 lab.expect(all(ours.get(step) == lab.bits[ranks][step] for step in steps), f"{folder}: other bits")
                 folder = lab.folder()
                 continue
-            number = lab.dice.choice([signal.SIGTERM, signal.SIGINT])
+            number = lab.dice.choice(STOPS)
             run = lab.start(folder, [], ranks, workers, slow_steps)
             starts = (folder / "out.txt").read_text().count("writing to") if reached else 0
             run.wait(until=lambda run=run, starts=starts: run.text.count("writing to") > starts)
@@ -437,8 +440,113 @@ def signals(lab: Lab) -> None:
         lab.train(folder, ["--steps", str(reached + EVERY)])
     lab.train(folder, [])
     lab.same_bits(folder, 1)
-    lab.figure("SIGTERMs and SIGINTs", total, f"{saved} saved with exit code {EXIT_STOPPED}")
+    lab.figure("SIGTERMs, SIGINTs, SIGHUPs and SIGUSR1s", total, f"{saved} saved with exit code {EXIT_STOPPED}")
     lab.figure("second signals during a save", second, "ended at once, nothing lost")
+
+
+def terminals(lab: Lab) -> None:
+    """Outputs that nobody reads, that are closed, full, or vanish in the middle: the run is the same in the end."""
+    ended = dict.fromkeys(("nobody reads", "closed", "full", "vanishing"), 0)
+    for turn in range(8 if lab.quick else 40):
+        how, folder, workers = list(ended)[turn % 4], lab.folder(), 2 * (turn % 8 > 3)
+
+        def prepare(rank: int, how=how) -> None:
+            if how == "closed":
+                os.closerange(0, 3)
+                return
+            reading, writing = os.pipe()
+            if how == "full":
+                writing = os.open("/dev/full", os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(writing, stream)
+            if how == "vanishing":  # when a checkpoint is saved
+                save = State.save
+
+                def closing(*args: object) -> str:
+                    State.save = save
+                    os.close(reading)
+                    return save(*args)
+
+                State.save = closing
+            else:
+                os.close(reading)
+
+        run = lab.start(folder, ["--log-every", "1"], 1, workers, prepare)
+        run.wait()
+        good = lab.expect(run.codes == {0: 0}, f"output {how}: {run.codes} {run.text[-600:]}")
+        good &= lab.expect(not run.text, f"output {how}: {run.text[-600:]}")
+        ended[how] += good and lab.same_bits(folder, 1)
+    for how, count in ended.items():
+        lab.figure(f"runs whose output was {how}", count, "done, exit code 0, same bits")
+
+
+def loaders(lab: Lab) -> None:
+    """Few descriptors, killed workers, images that turn bad: one line with the cause, saved, the same bits later."""
+    ended = dict.fromkeys(("few descriptors", "a killed worker", "a bad image"), 0)
+    for turn in range(6 if lab.quick else 45):
+        how, folder = list(ended)[turn % 3], lab.folder()
+        number, descriptors = lab.dice.randrange(12, 200), lab.dice.randrange(30, 60)
+        cause = {"few descriptors": "file descriptors", "a killed worker": "was killed", "a bad image": "bad.png"}[how]
+
+        def prepare(rank: int, how=how, number=number, descriptors=descriptors) -> None:
+            if how == "few descriptors":
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+                return
+            read, calls, parent = ClassFolder.read, iter(range(10**6)), os.getpid()
+
+            def broken(self: ClassFolder, *args: object) -> object:
+                if os.getpid() != parent and next(calls) == number:
+                    if how == "a killed worker":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise ValueError("cannot read image 'bad.png'")
+                return read(self, *args)
+
+            ClassFolder.read = broken
+
+        run = lab.start(folder, [], 1, 2, prepare)
+        run.wait()
+        if how == "few descriptors" and run.codes == {0: 0}:  # they were enough
+            ended[how] += lab.same_bits(folder, 1)
+            continue
+        line = [text for text in run.text.splitlines() if "error:" in text]
+        good = lab.expect(run.codes == {0: 1} and len(line) == 1 and cause in line[0], f"{how}: {run.codes} {run.text}")
+        good &= lab.expect("Traceback" not in run.text, f"{how}: {run.text[-900:]}")
+        reached = re.search(r"stopped after step (\d+), saved", line[0] if line else "")
+        good &= lab.expect(lab.newest(folder) == (int(reached[1]) if reached else 0), f"{how}: {line}, not saved")
+        lab.train(folder, [])
+        bits = bits_of(lab.checkpoints(folder))
+        ended[how] += good and lab.expect(bits[STEPS] == lab.bits[1][STEPS], f"{how}: other bits after it")
+    for how, count in ended.items():
+        lab.figure(f"runs with {how}", count, "one line with the cause, saved, same bits in the end")
+
+
+def walkers(lab: Lab) -> None:
+    """Hidden and system entries, links and loops beside the images: the same data, bit for bit."""
+    ended = 0
+    for turn in range(4 if lab.quick else 30):
+        data, folder = lab.folder(), lab.folder()
+        shutil.rmtree(data)
+        shutil.copytree(lab.root / "data", data)
+        image = (data / "c0" / "00.png").read_bytes()
+        for _ in range(lab.dice.randrange(1, 9)):
+            place = data / lab.dice.choice([".", "c0", "c1", "c2"])
+            kind = lab.dice.choice(["hidden", "system", "macOS", "loop", "twice", "proc", "text"])
+            name = f"{lab.dice.randrange(10**6)}"
+            with suppress(FileExistsError):
+                if kind in ("hidden", "system"):
+                    inside = place / {"hidden": f".{name}", "system": "__MACOSX"}[kind]
+                    inside.mkdir()
+                    (inside / "a.png").write_bytes(image)
+                elif kind == "macOS":
+                    (place / f"._{name}.png").write_bytes(b"Mac OS X")
+                elif kind == "text":
+                    (place / f"{name}.txt").write_text("a note")
+                elif place != data / ".":
+                    target = {"loop": "..", "twice": str(place), "proc": "/proc/self"}[kind]
+                    (place / name).symlink_to(target, target_is_directory=True)
+        lab.train(folder, ["--data-path", str(data)], workers=2 * (turn % 2))
+        ended += lab.same_bits(folder, 1)
+    lab.figure("folders with strange entries", ended, "the same images, classes and bits")
 
 
 def slow_steps(rank: int) -> None:
@@ -783,7 +891,13 @@ def family(pid: int) -> list[int]:
     return found
 
 
-CAMPAIGNS = {c.__name__: c for c in (kills, saves, signals, exact, ranks, disks, flips, samples, caching, malformed)}
+CAMPAIGNS = {
+    c.__name__: c
+    for c in (
+        *(kills, saves, signals, terminals, loaders, walkers, exact, ranks),
+        *(disks, flips, samples, caching, malformed),
+    )
+}
 CAMPAIGNS |= {"sockets": handing_on.sockets, "exports": handing_on.exports}
 CAMPAIGNS["torchrun"] = torchrun
 

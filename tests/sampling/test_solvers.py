@@ -165,10 +165,8 @@ def test_sample_takes_it_beside_schedules(folder, pixel_models, capsys):
     write_solver("solvers/for-4.json", learned(guidance=Guidance(4.0)))
     capsys.readouterr()
     sample.main([*arguments, "--schedule", "for-4"])
-    assert (
-        "warning: solver for-4 was made for guidance cfg 4, not cfg 1: measure it before you trust it"
-        in capsys.readouterr().err
-    )
+    told = "warning: solver for-4 was made for guidance cfg 4, not cfg 1: measure it before you trust it\n"
+    assert told in capsys.readouterr().err
     with pytest.raises(OtherSolver):
         sample.main([*arguments, "--schedule", "for-4", "--strict"])
 

@@ -14,6 +14,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Runs remember the data that they have looked at here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWTURBO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Sixteen grey images of 8x8: the classes are a dark and a bright half."""

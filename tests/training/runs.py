@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -112,11 +113,13 @@ class Forks:
             env=environment,
         )
 
-    def __call__(self, folder, *arguments, ranks=1, signal_at=None, **environment):
+    def __call__(self, folder, *arguments, ranks=1, signal_at=None, output="", descriptors=0, **environment):
         """Run train.py as torchrun does, its output in `folder`, which is new. `signal_at` is a pair: a signal, and
-        the text after which every rank gets it."""
+        the text after which every rank gets it. `output` is a key of OUTPUTS, if not that file; `descriptors` limits
+        how many files each may have open."""
         folder.mkdir(parents=True)
         order = {"argv": list(map(str, arguments)), "ranks": ranks, "folder": str(folder), "signal_at": signal_at}
+        order |= {"output": output, "descriptors": descriptors}
         print(json.dumps({**order, "environment": environment}), file=self.process.stdin, flush=True)
         codes = json.loads(self.process.stdout.readline())
         return Done(codes, (folder / "out.txt").read_text())
@@ -148,7 +151,21 @@ def serve():
         print(json.dumps(codes), flush=True)
 
 
-def fork(rank, argv, ranks, folder, port, environment, **_):
+def gone():
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+OUTPUTS = {  # what stdout and stderr are
+    "gone": gone,
+    "closed": lambda: None,
+    "full": lambda: os.open("/dev/full", os.O_WRONLY),
+}
+
+
+def fork(rank, argv, ranks, folder, port, environment, output, descriptors, **_):
     """Start a rank; returns its process id."""
     log = os.open(Path(folder) / "out.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     pid = os.fork()
@@ -160,8 +177,12 @@ def fork(rank, argv, ranks, folder, port, environment, **_):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         place["TORCHELASTIC_ERROR_FILE"] = Path(folder) / str(rank) / "error.json"
         os.environ.update({name: str(value) for name, value in (place | environment).items()})
+        if output:
+            log = OUTPUTS[output]()
         for stream in (1, 2):
-            os.dup2(log, stream)
+            os.close(stream) if log is None else os.dup2(log, stream)
+        if descriptors:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
         sys.argv = ["train.py", *argv]
         cli.run_script(lambda: train.main(argv))
         sys.stdout.flush()

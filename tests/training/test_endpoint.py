@@ -206,7 +206,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(flags, tmp_path):
 def test_a_run_that_is_stopped_while_it_caches_goes_on(flags, tmp_path):
     flags = [*flags, "--steps", 3]
     whole = run(tmp_path / "whole", *flags)
-    run(tmp_path / "parts", *flags, "--resume", "auto", "--max-hours", 1e-9)
+    with pytest.raises(SystemExit, match="75"):
+        run(tmp_path / "parts", *flags, "--resume", "auto", "--max-hours", 1e-9)
     (folder,) = (tmp_path / "parts").iterdir()
     assert [path.name for path in (folder / "checkpoints").glob("*.pt")] == ["0000000.pt"]
     assert run(tmp_path / "parts", *flags, "--resume", "auto") == folder

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +15,12 @@ import torch
 import train
 from flowturbo.data.folders import ClassFolder
 from flowturbo.system.advice import advice_for
+from flowturbo.system.files import InUse, exclusive
+from flowturbo.training import resume
 from flowturbo.training.options import DataOptions, Optimisation, OutputOptions, PredictorOptions, TrainingOptions
-from flowturbo.training.resume import TrainedOtherwise, choose_folder, refuse_changes
+from flowturbo.training.resume import TrainedOtherwise, claimed, new_folder, refuse_changes
 from flowturbo.weights.checkpoint import CheckpointFolder, load_checkpoint
+from flowturbo.weights.info import without_folders
 
 OLD = runs.ROOT / "tests" / "compatibility" / "v0.1.0"
 
@@ -33,7 +39,8 @@ def save(results, name, *steps):
 def chosen(results, target="predictor", note="a", resume=None):
     warnings = []
     output = OutputOptions(results_dir=str(results), note=note, resume=resume and str(resume))
-    folder, checkpoint = choose_folder(output, target, warnings.append)
+    with claimed(output, target, warnings.append) as (folder, checkpoint):
+        pass
     return folder.relative_to(results).as_posix(), checkpoint and checkpoint.name, warnings
 
 
@@ -58,6 +65,62 @@ def test_auto_goes_on_with_the_newest_whole_checkpoint_of_target_and_note(tmp_pa
     assert chosen(tmp_path, "refiner", "refiner-a", resume="auto") == ("004-refiner-refiner-a", None, [])
 
 
+def test_numbers_of_runs_are_no_texts_and_one_without_a_checkpoint_is_passed_over(tmp_path):
+    save(tmp_path, "999-predictor-a", 900)
+    save(tmp_path, "1000-predictor-a", 9, 10)
+    (tmp_path / "1001-predictor-a" / "checkpoints").mkdir(parents=True)
+    assert chosen(tmp_path, resume="auto") == ("1000-predictor-a", "0000010.pt", [])
+
+
+def test_who_waits_for_a_run_goes_on_from_what_it_has_saved_meanwhile(tmp_path):
+    """Of its first checkpoint too."""
+    for name, steps in (("000-predictor-a", [1]), ("000-predictor-b", [])):
+        save(tmp_path, name, *steps)
+        (tmp_path / name).mkdir(exist_ok=True)
+        held = ExitStack()
+        held.enter_context(exclusive(tmp_path / name))
+
+        def end(name=name, held=held):
+            save(tmp_path, name, 2)
+            held.close()
+
+        threading.Timer(0.3, end).start()
+        assert chosen(tmp_path, note=name[-1], resume="auto") == (name, "0000002.pt", [])
+
+
+def test_a_named_checkpoint_that_was_the_latest_until_the_lock_fell_begins_a_new_run(tmp_path):
+    folder = save(tmp_path, "000-predictor-a", 1)
+    held = ExitStack()
+    held.enter_context(exclusive(tmp_path / "000-predictor-a"))
+    threading.Timer(0.3, lambda: (save(tmp_path, "000-predictor-a", 2), held.close())).start()
+    assert chosen(tmp_path, resume=folder.path(1)) == ("001-predictor-a", "0000001.pt", [])
+
+
+def test_runs_that_begin_at_once_take_other_numbers(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(lambda k: new_folder(tmp_path, f"predictor-{k % 4}"), range(24)))
+    numbers = [folder.name.partition("-")[0] for folder in folders]
+    assert len(set(numbers)) == 24
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name for folder in folders}
+
+
+def test_a_run_that_is_refused_writes_nothing(data, tmp_path, monkeypatch):
+    flags = [*runs.PREDICTOR, "--data-path", data]
+    folder = runs.run(tmp_path, *flags, "--steps", 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(resume, "PATIENCE", 0.1)
+    with exclusive(folder), pytest.raises(InUse, match=r"000-predictor-no-note' is in use by another run"):
+        runs.run(tmp_path, *flags, "--steps", 2, "--resume", "auto")
+    for named in (
+        "auto",
+        folder / "checkpoints" / "0000001.pt",
+        shutil.copy(folder / "checkpoints/0000001.pt", data.parent),
+    ):
+        with pytest.raises(TrainedOtherwise, match=r"lr 0\.001, not 1\.0"):
+            runs.run(tmp_path, *flags, "--steps", 2, "--resume", named, "--lr", 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_named_checkpoint_goes_on_in_its_folder_if_nothing_came_after_it(tmp_path):
     folder = save(tmp_path, "000-predictor-a", 2, 3)
     assert chosen(tmp_path, note="b", resume=folder.path(3)) == ("000-predictor-a", "0000003.pt", [])
@@ -74,7 +137,8 @@ OPTIONS = TrainingOptions("predictor", DataOptions("d"), optimisation=Optimisati
 
 
 def record(options=OPTIONS, **more):
-    return {"model": {"depth": 1}, "training": options.settings(), "data": None, "teacher": None, **more}
+    content = {"data": None, "teacher": None, "autoencoder": None, "made_by": {"torch": "2.9", "code": "a"}}
+    return {"model": {"depth": 1}, "training": options.settings(), **content, **more}
 
 
 @pytest.fixture
@@ -95,7 +159,11 @@ def without(*names):
 
 def test_what_does_not_shape_a_run_may_change(change):
     other = replace(OPTIONS, output=OutputOptions(note="other"), data=DataOptions("elsewhere", num_workers=0))
-    change(replace(other, optimisation=replace(OPTIONS.optimisation, steps=9, accumulate=2)))
+    change(replace(other, optimisation=replace(OPTIONS.optimisation, steps=9)))
+    change(replace(OPTIONS, data=DataOptions("d", class_map="elsewhere.json", vae_ckpt="the-same")))
+    change(before=record(made_by={"torch": "2.9", "code": "b"}))
+    exact = replace(OPTIONS, optimisation=replace(OPTIONS.optimisation, exact=True, accumulate=2))
+    change(exact, before=record(replace(exact, optimisation=replace(exact.optimisation, accumulate=1))))
     change(before={})
     change(before={"model": {"depth": 1}, "training": {}, "data": None})
     change(before=without("lr_schedule", "time_distribution", "compile", "background"))
@@ -111,6 +179,7 @@ def test_what_does_not_shape_a_run_may_change(change):
             replace(OPTIONS, optimisation=replace(OPTIONS.optimisation, warmup=0, seed=4)),
             "warmup 5, not 0; seed 0, not",
         ),
+        (replace(OPTIONS, optimisation=replace(OPTIONS.optimisation, accumulate=2)), "accumulate 1, not 2"),
         (replace(OPTIONS, predictor=PredictorOptions(time_distribution="logit-normal")), "time_distribution 'uniform'"),
     ],
 )
@@ -139,6 +208,28 @@ def test_data_teacher_and_network_may_not_change(change):
         change(before=record(data="b", teacher="t"), model={"depth": 2, "patch_size": 2})
     with pytest.raises(TrainedOtherwise, match=r"the network has another depth, patch_size$"):
         change(model={"depth": 2, "patch_size": 2})
+
+
+def test_the_autoencoder_and_torch_may_not_change(change):
+    with pytest.raises(TrainedOtherwise, match=r"the autoencoder has other weights; torch was '2\.8', is '2\.9'"):
+        change(before=record(autoencoder="other", made_by={"torch": "2.8", "code": "a"}))
+
+
+def test_what_a_record_of_an_earlier_version_does_not_hold_is_compared_by_its_path(change):
+    now = replace(OPTIONS, data=DataOptions("d", class_map="b.json", vae_ckpt="other"))
+    old = {name: value for name, value in record().items() if name not in ("autoencoder", "made_by")}
+    with pytest.raises(TrainedOtherwise, match=r"vae_ckpt 'vae-ema', not 'other'; class_map None, not 'b\.json'"):
+        change(now, before=old)
+
+
+def test_an_edited_class_map_is_told_and_a_moved_one_is_not(data, tmp_path):
+    flags = [*runs.PREDICTOR, "--data-path", data, "--num-classes", 3]
+    for name, indices in (("a", (0, 1)), ("b", (0, 1)), ("c", (0, 2))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(zip(("c0", "c1"), indices))))
+    runs.run(tmp_path / "r", *flags, "--steps", 1, "--class-map", tmp_path / "a.json")
+    runs.run(tmp_path / "r", *flags, "--steps", 2, "--class-map", tmp_path / "b.json", "--resume", "auto")
+    with pytest.raises(TrainedOtherwise, match="the images have other classes"):
+        runs.run(tmp_path / "r", *flags, "--steps", 3, "--class-map", tmp_path / "c.json", "--resume", "auto")
 
 
 @pytest.mark.parametrize(
@@ -198,3 +289,15 @@ def test_other_images_are_told(old_run):
         train.main([*old_run, "--resume", "auto"])
     train.main([*old_run, "--resume", "auto", "--allow-changes", "--steps", "5"])
     assert Path("results/000-predictor-no-note/checkpoints/0000005.pt").is_file()
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_holds_the_last_parts_of_paths(data, change):
+    opened = ClassFolder(data, 8, 1)
+    given = replace(OPTIONS.data, vae_ckpt="/home/me/vae", class_map="../maps/mine.json")
+    now = replace(OPTIONS, data=given)
+    before = without_folders(record(now, data=opened.identity().record()))
+    del before["autoencoder"]  # as earlier versions left it: the name is all there is
+    assert before["training"]["vae_ckpt"] == "vae"
+    change(now, before)
+    with pytest.raises(TrainedOtherwise, match="vae_ckpt 'vae', not 'other'"):
+        change(replace(OPTIONS, data=replace(given, vae_ckpt="/home/me/other")), before)

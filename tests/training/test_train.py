@@ -1,6 +1,7 @@
 """Whole runs of train.py: what they leave, and what may interrupt, split or change them without a trace."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,14 +15,19 @@ from PIL import Image
 from runs import assert_close, assert_same_bits, checkpoint, figures, metrics, run
 
 import train
+from flowturbo.data.folders import ClassFolder
+from flowturbo.data.workers import LoaderFailed
 from flowturbo.models import SiT
 from flowturbo.networks.compiled import CannotCompile
 from flowturbo.networks.load import load_network
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.sampling.generate import ImageSampler, NotFinite
 from flowturbo.system import cli
-from flowturbo.training import objective, step
+from flowturbo.system.advice import advice_for
+from flowturbo.training import objective, step, stopping
 from flowturbo.training.stopping import EXIT_STOPPED
 from flowturbo.transport import FlowTurbo
+from flowturbo.weights.info import without_folders
 
 # ---- runs
 
@@ -50,7 +56,7 @@ def test_both_targets_learn_and_leave_what_a_run_leaves(flags, target, tmp_path)
     assert (record["classes"], record["class_counts"]) == (["c0", "c1"], [8, 8])
     assert bool(record["teacher"]) == (target == "refiner")
     content = checkpoint(folder, 120)
-    assert content["config"] == record
+    assert content["config"] == without_folders(record)
     assert content["step"] == 120
     network = load_network(kind, str(folder / "checkpoints" / "0000120.pt"))
     for name, value in network.state_dict().items():
@@ -251,7 +257,7 @@ def test_a_run_that_diverges_ends_with_one_line_and_exit_1(flags, forks, tmp_pat
     assert stored == list(range(1, stopped))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(flags, forks, tmp_path, number):
     flags = [*flags("predictor"), "--results-dir", tmp_path, "--num-workers", 1, "--resume", "auto"]
     done = forks(tmp_path / "out", *flags, "--steps", 100_000, ranks=2, signal_at=(number, "writing to"))
@@ -263,6 +269,89 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(flags, for
     done = forks(tmp_path / "again", *flags, "--steps", int(saved.stem) + 1, ranks=2)
     assert done.codes == [0, 0]
     assert checkpoint(folder, int(saved.stem) + 1)["step"] == int(saved.stem) + 1
+
+
+@pytest.mark.parametrize("output", ["gone", "closed", "full"])
+def test_what_happens_to_the_output_ends_no_run(flags, forks, tmp_path, output):
+    more = ["--results-dir", tmp_path, "--num-workers", 1, "--steps", 9, "--log-every", 1]
+    assert forks(tmp_path / "out", *flags("predictor"), *more, output=output).codes == [0]
+    folder = tmp_path / "000-predictor-no-note"
+    assert [record["step"] for record in metrics(folder)] == list(range(1, 10))
+    assert checkpoint(folder, 9)["step"] == 9
+    assert "done: " in (folder / "log.txt").read_text()
+
+
+def test_a_run_under_nohup_goes_on_without_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wanted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_loader_without_descriptors_tells_it_in_one_line(flags, forks, tmp_path):
+    more = ["--results-dir", tmp_path, "--num-workers", 2, "--steps", 100_000]
+    done = forks(tmp_path / "out", *flags("predictor"), *more, descriptors=44)
+    assert done.codes == [1]
+    (line,) = done.errors
+    assert re.search(
+        r"error: the loader has run out of file descriptors(; the run stopped after step \d+, saved)?; "
+        r"allow more with `ulimit -n 65536`, or lower --num-workers$",
+        line,
+    )
+    assert "Traceback" not in done.text
+
+
+def break_loader(monkeypatch, number, act):
+    """`act` in place of reading a batch, once `number` samples have been read by one process."""
+    read, count = ClassFolder.read, iter(range(10**9))
+
+    def broken(self, *arguments):
+        return act() if next(count) >= number else read(self, *arguments)
+
+    monkeypatch.setattr(ClassFolder, "read", broken)
+
+
+def unreadable():
+    raise ValueError("cannot read image 'a.png': truncated")
+
+
+def no_shared_memory(*_):
+    raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (0, r"cannot read image 'a\.png': truncated"),
+        (2, r"cannot read image 'a\.png': truncated"),
+        (2, "a loader worker was killed, as machines do that run out of memory"),
+    ],
+)
+def test_what_a_loader_cannot_read_on_ends_a_run_saved(flags, tmp_path, monkeypatch, workers, message):
+    act = unreadable if "image" in message else lambda: os.kill(os.getpid(), signal.SIGKILL)
+    more = [*flags("predictor"), "--num-workers", workers, "--steps", 40]
+    with monkeypatch.context() as patch:
+        break_loader(patch, 16 + 28, act)  # the report on the data has read each of the 16 images
+        with pytest.raises(LoaderFailed, match=rf"^{message}; the run stopped after step (\d+), saved$") as caught:
+            run(tmp_path, *more)
+    step = int(re.search(r"step (\d+)", str(caught.value))[1])
+    assert step >= 4  # with two workers each reads every other batch
+    folder = tmp_path / "000-predictor-no-note"
+    assert [int(path.stem) for path in (folder / "checkpoints").glob("*.pt")] == [step]
+    more = [*flags("predictor"), "--steps", step + 2]
+    again = run(tmp_path, *more, "--resume", "auto")
+    assert_same_bits(checkpoint(again, step + 2), checkpoint(run(tmp_path / "whole", *more), step + 2))
+
+
+def test_a_loader_without_shared_memory_tells_it(flags, tmp_path, monkeypatch):
+    """Its batch would be dropped, and waited for for ever."""
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_shared_memory)
+    with pytest.raises(LoaderFailed, match=r"^the loader has run out of shared memory \(/dev/shm\)$") as caught:
+        run(tmp_path, *flags("predictor"), "--num-workers", 1, "--steps", 9)
+    assert "--shm-size" in advice_for(caught.value)
 
 
 # ---- wrong input
@@ -379,7 +468,48 @@ def test_a_batch_smaller_than_the_ranks_is_told_once(flags, forks, tmp_path):
 
 
 def test_a_time_limit_stops_with_a_checkpoint(flags, tmp_path):
-    folder = run(tmp_path, *flags("predictor"), "--steps", 100_000, "--max-hours", "0.0001")
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, *flags("predictor"), "--steps", 100_000, "--max-hours", "0.0001")
+    assert ended.value.code == EXIT_STOPPED
+    folder = tmp_path / "000-predictor-no-note"
     (saved,) = (folder / "checkpoints").glob("*.pt")
     assert f"stopped by the time limit after step {int(saved.stem)}" in (folder / "log.txt").read_text()
     assert Path(saved).stat().st_size > 0
+
+
+# ---- the data report
+
+
+def test_an_unreadable_image_is_found_before_there_is_a_run(flags, data, tmp_path):
+    shutil.copytree(data, tmp_path / "images")
+    (tmp_path / "images" / "c1" / "3.png").write_bytes((data / "c1" / "3.png").read_bytes()[:60])
+    more = ["--data-path", tmp_path / "images", "--steps", 1]
+    with pytest.raises(ValueError, match=r"cannot read image '.*c1/3\.png'"):
+        run(tmp_path / "results", *flags("predictor"), *more)
+    assert not (tmp_path / "results").exists()
+
+
+def test_check_data_reports_and_trains_nothing(data, tmp_path, capsys):
+    """For a refiner too, without its teacher."""
+    train.main(["--data-path", str(data), "--check-data", "--image-size", "8", "--results-dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "data: 16 images in 2 classes of 8 to 8: c0 (8), c1 (8)\n" in told
+    assert told.endswith(f"crops: {tmp_path / 'data.png'}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.png"]
+
+
+def test_a_run_begins_with_the_report_and_a_sheet_of_crops(flags, tmp_path):
+    folder = run(tmp_path, *flags("predictor"), "--steps", 1)
+    assert "data: 16 images in 2 classes of 8 to 8: c0 (8), c1 (8)" in (folder / "log.txt").read_text()
+    assert Image.open(folder / "data.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
+
+def test_a_grid_that_is_not_finite_ends_a_run_saved(flags, tmp_path, monkeypatch):
+    def broken(self, *given):
+        raise NotFinite("sample 0: not finite with schedule H8 in float16")
+
+    monkeypatch.setattr(ImageSampler, "__call__", broken)
+    message = r"^step 2: sample 0: not finite with schedule H8 in float16; the run is saved in .*0000002\.pt$"
+    with pytest.raises(NotFinite, match=message):
+        run(tmp_path, *flags("predictor"), "--steps", 9, "--sample-every", 2)
+    assert checkpoint(tmp_path / "000-predictor-no-note", 2)["step"] == 2

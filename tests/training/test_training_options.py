@@ -42,6 +42,7 @@ def test_recipe_endpoint_has_defaults_of_its_own_and_its_trajectories_shape_it()
     paper = train.parse(["--data-path", "d", "--model-teacher-ckpt", "t"])
     assert not shaping & paper.shaping().keys()
     assert not predictor(refiner=RefinerOptions(recipe="endpoint")).by_end_points
+    assert RefinerOptions(schedule="h1 p1p4 r1") == RefinerOptions(schedule="H1P5R1")
 
 
 def test_flags_of_both_spellings_are_one_value():
@@ -61,7 +62,7 @@ def test_the_settings_are_json_and_those_of_earlier_versions():
     assert json.loads(json.dumps(settings)) == settings
     assert settings.keys() - old["training"].keys() == {
         *("lr_schedule", "time_distribution", "background", "schedule", "refiner_step", "trajectories", "reference"),
-        *("cfg_channels", "cfg_interval", "cfg_every"),
+        *("cfg_channels", "cfg_interval", "cfg_every", "check_data"),
     }
     assert old["training"].keys() <= settings.keys()
     assert settings.keys() == {"target"} | {each.name for kind in KINDS.values() for each in fields(kind)}
@@ -70,7 +71,7 @@ def test_the_settings_are_json_and_those_of_earlier_versions():
 def test_what_shapes_a_run_has_its_default():
     shaping = predictor().shaping()
     assert shaping.items() >= {"seed": 0, "lr_schedule": "constant", "exact": False, "lr": None, "flip": True}.items()
-    assert not shaping.keys() & {"steps", "device", "note", "results_dir", "num_workers", "accumulate", "data_path"}
+    assert not shaping.keys() & {"steps", "device", "note", "results_dir", "num_workers", "data_path", "class_map"}
     assert {"steps", "epochs"} <= predictor(optimisation=Optimisation(lr_schedule="cosine")).shaping().keys()
     by_epochs = predictor(optimisation=Optimisation(lr_schedule="cosine", epochs=2)).shaping()
     assert "epochs" in by_epochs

@@ -14,7 +14,6 @@ from flowturbo.weights.checkpoint import (
     find_model,
     load_checkpoint,
     load_weights,
-    newest_checkpoint,
     resolve,
     save_checkpoint,
     weights_of,
@@ -192,38 +191,6 @@ def test_weights_of_another_network_are_listed():
         with pytest.raises(ValueError, match=message):
             load_weights(module, weights, "a.pt")
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
-
-
-def test_the_newest_checkpoint_is_that_of_the_highest_step_of_the_last_run(tmp_path):
-    def make(run, *steps):
-        folder = CheckpointFolder(tmp_path / run / "checkpoints")
-        for step in steps:
-            folder.record(folder.path(step), save_checkpoint(folder.path(step), {"step": step}))
-
-    def newest(name="refiner-a"):
-        found = newest_checkpoint(tmp_path, name, warnings.append)
-        return found and (found.parent.parent.name, int(found.stem))
-
-    warnings = []
-    assert newest_checkpoint(tmp_path / "none", "refiner-a") is None
-    assert newest() is None
-    make("000-refiner-a", 900, 10_000_000)
-    make("001-refiner-a", 9, 10)
-    make("002-predictor-a", 1)
-    (tmp_path / "003-refiner-a" / "checkpoints").mkdir(parents=True)  # stopped before its first checkpoint
-    assert newest() == ("001-refiner-a", 10)
-    make("004-refiner-refiner-a", 3)  # another note
-    assert newest("predictor-a") == ("002-predictor-a", 1)
-    assert warnings == []
-    (tmp_path / "001-refiner-a/checkpoints/0000010.pt").write_bytes(b"damaged")
-    assert newest() == ("001-refiner-a", 9)
-    assert "0000010.pt is missing or damaged" in warnings[0]
-    with pytest.raises(ValueError, match=r"0000010\.pt' is damaged"):
-        load_checkpoint(tmp_path / "001-refiner-a/checkpoints/0000010.pt")
-    (tmp_path / "000-refiner-a/checkpoints/10000000.pt").unlink()
-    make("999-refiner-a", 1)
-    make("1000-refiner-a", 2)
-    assert newest() == ("1000-refiner-a", 2)
 
 
 def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):

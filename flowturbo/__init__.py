@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowturbo.models import SiT
     from flowturbo.networks.load import load_network
     from flowturbo.refiner import VelocityRefiner
+    from flowturbo.text_to_image.scheduler import FlowTurboScheduler
     from flowturbo.transport.guidance import Guidance
     from flowturbo.transport.samplers import FlowTurbo
     from flowturbo.transport.schedule import Schedule
@@ -27,16 +28,19 @@ _HOMES = {
     "SiT": "models",
     "VelocityRefiner": "refiner",
     "FlowTurbo": "transport.samplers",
+    "FlowTurboScheduler": "text_to_image.scheduler",
     "Guidance": "transport.guidance",
     "Schedule": "transport.schedule",
     "load_network": "networks.load",
 }
 __all__ = ["__version__", *_HOMES]
+# diffusers looks for the base class of a saved pipeline's component beside it, in the same package.
+_BASES = {"SchedulerMixin": "text_to_image.scheduler"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if home := _HOMES.get(name) or _BASES.get(name):
+        found = getattr(import_module(f"{__name__}.{home}"), name)
         if name == "FlowTurbo":  # transport is mathematics and knows no files: what loads them is added here
             found.from_name = classmethod(import_module(f"{__name__}.sampling.bundled").from_name)
         return found

@@ -24,6 +24,7 @@ BELOW = {  # what each room may import, besides itself
     "evaluation": {"system", "weights", "networks", "data"},
     "sampling": {*CORE, "system", "weights", "networks", "data", "evaluation"},
     "training": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling"},
+    "text_to_image": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
     "planning": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
 }
 TORCH_FREE = (  # so that a command line is parsed before torch is imported
@@ -38,6 +39,7 @@ TORCH_FREE = (  # so that a command line is parsed before torch is imported
         "sampling.solvers",
         "training.options",
     ),
+    "text_to_image.options",
     "training.stopping",
 )
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}

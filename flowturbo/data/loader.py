@@ -105,7 +105,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(
-    samples: TrainingSamples,
+    samples: Dataset,
     global_batch_size: int,
     world: World,
     *,

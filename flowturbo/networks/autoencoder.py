@@ -119,7 +119,7 @@ def load_autoencoder(
         if local:
             _check_folder(Path(source))
         network = AutoencoderKL.from_pretrained(
-            source, torch_dtype=dtype, low_cpu_mem_usage=False, local_files_only=is_offline()
+            source, dtype=dtype, low_cpu_mem_usage=False, local_files_only=is_offline()
         )
         autoencoder = Autoencoder(network)
     except Exception as error:  # diffusers takes a config as it is, and fails as that happens to

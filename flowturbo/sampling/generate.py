@@ -193,7 +193,7 @@ class ImageSampler:
         return str(self.spec)
 
     def __call__(self, seed: int, numbers: range, classes: Sequence[int]) -> Tensor:
-        """uint8 images (N, C, H, W) on the device.
+        """uint8 images (N, C, H, W), or without `decode` latents, on the device.
 
         Raises ValueError for classes that the predictor has not, NotFinite where an image is not finite.
         """
@@ -207,13 +207,15 @@ class ImageSampler:
         return self._checked(made, numbers)
 
     def _checked(self, made: Tensor, numbers: range) -> Tensor:
-        """What `_decode` has made, as uint8. Raises NotFinite naming samples that are not finite."""
-        bad = [number for number, first in zip(numbers, made[:, 0, 0, 0].tolist(), strict=True) if first < 0]
+        """Latents, or what `_decode` has made as uint8. Raises NotFinite naming samples that are not finite."""
+        decoded = self.sampler.decode is not None
+        finite = made[:, 0, 0, 0] >= 0 if decoded else made.isfinite().flatten(1).all(1)
+        bad = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
         if bad:
             held = str(next(self.networks.predictor.blocks.parameters()).dtype).removeprefix("torch.")
             shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise NotFinite(f"sample {shown}: not finite with schedule {self.spec} in {held}")
-        return made.to(torch.uint8)
+        return made.to(torch.uint8) if decoded else made
 
     def _labels(self, classes: Sequence[int]) -> Tensor:
         count = self.networks.predictor.num_classes

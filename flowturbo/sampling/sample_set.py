@@ -6,7 +6,7 @@ Interrupted, the same call goes on; only what is missing is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,17 +73,23 @@ def make_sample_set(
         complete = ranks.agree(lambda: folder.is_complete(record, made_by()))
         if network_options.compile and not complete:  # before the folder is there: it may not work on this machine
             sampler(0, range(options.per_proc_batch_size), [0] * options.per_proc_batch_size)
-        folder.folder.mkdir(parents=True, exist_ok=True)
-        with ranks.hold(lambda: exclusive(folder.folder)):
-            if ranks.is_main and options.png:
-                sample_set.warn_of_other_pictures()
-            if ranks.agree(lambda: folder.claim(record, made_by())):
-                say(f"already complete: {folder.archive}")
-                return Summary(folder.archive, folder.features, 0.0)
-            ms_per_image = sample_set.make(ranks.agree(folder.stored))
-            ranks.barrier()
-            say(ranks.agree(lambda: sample_set.finish(record)))
-            return Summary(folder.archive, folder.features, ms_per_image)
+        return carry_out(sample_set, record, say)
+
+
+def carry_out(sample_set: SampleSet, record: dict[str, Any], say: Callable[[str], object]) -> Summary:
+    """Make what is missing of a set, and its outputs. Raises OtherSettings where its folder has another record."""
+    folder, ranks = sample_set.folder, sample_set.ranks
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    with ranks.hold(lambda: exclusive(folder.folder)):
+        if ranks.is_main and sample_set.options.png:
+            sample_set.warn_of_other_pictures()
+        if ranks.agree(lambda: folder.claim(record, made_by())):
+            say(f"already complete: {folder.archive}")
+            return Summary(folder.archive, folder.features, 0.0)
+        ms_per_image = sample_set.make(ranks.agree(folder.stored))
+        ranks.barrier()
+        say(ranks.agree(lambda: sample_set.finish(record)))
+        return Summary(folder.archive, folder.features, ms_per_image)
 
 
 @contextmanager
@@ -142,7 +148,7 @@ class SampleSet:
 
     options: SetOptions
     seed: int
-    sampler: ImageSampler
+    sampler: Any  # (seed, numbers, conditions) -> uint8 images: an ImageSampler, or one of prompts
     extractor: Extractor | None
     folder: SampleFolder
     ranks: World
@@ -181,7 +187,7 @@ class SampleSet:
     def _sample(self, k: int) -> dict[str, np.ndarray]:
         """Images (n, H, W, C), labels and features of micro-batch k, on the host."""
         numbers = self.folder.numbers(k)
-        return self._arrays(self.sampler(self.seed, numbers, self._classes(k)), k)
+        return self._arrays(self.sampler(self.seed, numbers, self._conditions(k)), k)
 
     def _restore(self, k: int, images: np.ndarray) -> dict[str, np.ndarray]:
         """As `_sample`, from its images, padded: how many are computed at once changes the last bits of features."""
@@ -189,8 +195,13 @@ class SampleSet:
         return self._arrays(torch.cat([rows, rows[-1:].expand(self.folder.batch - len(rows), -1, -1, -1)]), k)
 
     def _classes(self, k: int) -> list[int]:
+        """The label of each sample of micro-batch k, as the archive has it."""
         num_classes = self.sampler.networks.predictor.num_classes
         return [class_of(self.seed, i, num_classes, self.options.labels) for i in self.folder.numbers(k)]
+
+    def _conditions(self, k: int) -> Sequence[Any]:
+        """What the sampler is given for them."""
+        return self._classes(k)
 
     def _arrays(self, images: Tensor, k: int) -> dict[str, np.ndarray]:
         tensors: dict[str, Tensor] = {

@@ -33,14 +33,8 @@ from flowturbo.training.trajectories import Trajectories
 from flowturbo.transport import PATHS, FlowTurbo, Path, flow_matching_loss, predictor_times, refiner_loss, refiner_times
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """What is minimised over the samples of a run."""
-
-    @property
-    def draw(self) -> Callable[[Sequence[int]], Any]:
-        """Called with sample numbers, in the loader's workers: a named tuple of tensors with a row for each. It comes
-        back as `Batch.draws`. It can be pickled, and holds nothing that lies on a device."""
-        ...
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of each sample (N,), with gradients for the network that is trained."""
@@ -58,6 +52,16 @@ class Objective(Protocol):
 
     def figures(self, ema: nn.Module) -> Mapping[str, float]:
         """What to log of the averaged weights, besides the loss."""
+        ...
+
+
+class Objective(Loss, Protocol):
+    """A loss that says what its samples are drawn."""
+
+    @property
+    def draw(self) -> Callable[[Sequence[int]], Any]:
+        """Called with sample numbers, in the loader's workers: a named tuple of tensors with a row for each. It comes
+        back as `Batch.draws`. It can be pickled, and holds nothing that lies on a device."""
         ...
 
 

@@ -71,7 +71,7 @@ def begin(
             if ranks.is_main and of_other_code(before):
                 print("note: the code has changed since the checkpoint was made: results may differ from its own")
         ranks.agree(lambda: write_record(folder / "config.json", record))
-        yield Run(options, optimisation, ranks, state, folder, record, frozen)
+        yield Run(optimisation, options.output, ranks, state, folder, record, options, frozen)
 
 
 @contextmanager

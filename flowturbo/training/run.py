@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
@@ -23,8 +23,8 @@ from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks, described, images_of
 from flowturbo.training.log import RunLog
-from flowturbo.training.objective import Objective
-from flowturbo.training.options import Optimisation, TrainingOptions
+from flowturbo.training.objective import Loss, Objective
+from flowturbo.training.options import Optimisation, OutputOptions, TrainingOptions
 from flowturbo.training.step import State, Update, update
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
@@ -34,51 +34,43 @@ from flowturbo.weights.info import without_folders
 
 
 @dataclass
-class Run:
-    """A run under way. `optimisation` has its steps in all; `record` is what its checkpoints say of it."""
+class AnyRun:
+    """A run under way, of whatever network. `optimisation` has its steps in all; `record` is what its checkpoints say
+    of it."""
 
-    options: TrainingOptions
     optimisation: Optimisation
+    output: OutputOptions
     ranks: World
     state: State
     folder: Path
     record: dict[str, Any]
-    frozen: FrozenNetworks
 
     @property
     def is_done(self) -> bool:
         """Whether all steps have been made."""
         return self.state.step >= self.optimisation.steps
 
-    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+    def loader_of(self, samples: Dataset, workers: int) -> DataLoader:
         """Batches for the steps that are left, of this rank's share."""
-        optimisation = self.optimisation
         return training_loader(
-            TrainingSamples(data, optimisation.seed, objective.draw, flip=self.options.data.flip),
-            optimisation.global_batch_size,
+            samples,
+            self.optimisation.global_batch_size,
             self.ranks,
             first=self.state.step,
-            last=optimisation.steps,
-            workers=self.options.data.num_workers,
-            exact=optimisation.exact,
+            last=self.optimisation.steps,
+            workers=workers,
+            exact=self.optimisation.exact,
         )
 
-    def execute(self, data: TrainingData, objective: Objective, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+    def make_steps(self, loader: DataLoader, objective: Loss, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
         """Make the steps that are left, and log them; whether all have been made when it ends.
 
         Raises LoaderFailed, with the state saved, where the data cannot be read on.
         """
-        ranks, loader = self.ranks, self.loader(data, objective)
-        first, total = self.state.step, self.optimisation.steps
-        with RunLog(self.folder if ranks.is_main else None, total, first) as log:
-            trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
-            log.say(f"{self.options.target}: {trained:,} parameters, {described(data)}")
+        ranks = self.ranks
+        with RunLog(self.folder if ranks.is_main else None, self.optimisation.steps, self.state.step) as log:
             for note in notes:
                 log.say(note)
-            where = f"{ranks.size} x {ranks.device}, {self.frozen.dtype}"
-            log.say(f"{where}, steps {first} to {total}, writing to {self.folder}")
-            if ranks.is_main and (images := images_of(data)) is not None:
-                save_png(self.folder / "data.png", contact_sheet(images))
             failure = self.fit(loader, objective, stop, log)
             ranks.barrier()
             step = self.state.step
@@ -91,16 +83,14 @@ class Run:
                 log.say(f"stopped by {why} after step {step}; go on with the same command and --resume auto")
         return self.is_done
 
-    def fit(
-        self, batches: Iterable[Batch], objective: Objective, stop: StopRequest, log: RunLog
-    ) -> LoaderFailed | None:
+    def fit(self, batches: Iterable[Batch], objective: Loss, stop: StopRequest, log: RunLog) -> LoaderFailed | None:
         """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
 
         Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
         sampled before every step so far was found finite.
         """
-        state, output, main = self.state, self.options.output, self.ranks.is_main
+        state, output, main = self.state, self.output, self.ranks.is_main
         if self.is_done:
             return None
         if objective.prepares and main and state.step == 0:
@@ -136,7 +126,7 @@ class Run:
 
         Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
         """
-        output = self.options.output
+        output = self.output
         checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
@@ -149,6 +139,37 @@ class Run:
         except NotFinite as error:
             path = self.folder / CHECKPOINTS if saved else self.save()
             raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
+
+    def picture(self) -> Image.Image:
+        """What the network can do by now."""
+        raise NotImplementedError
+
+
+@dataclass
+class Run(AnyRun):
+    """A run of train.py."""
+
+    options: TrainingOptions
+    frozen: FrozenNetworks
+
+    def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
+        """Batches for the steps that are left, of this rank's share."""
+        samples = TrainingSamples(data, self.optimisation.seed, objective.draw, flip=self.options.data.flip)
+        return self.loader_of(samples, self.options.data.num_workers)
+
+    def execute(self, data: TrainingData, objective: Objective, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+        """Make the steps that are left on the data, as `make_steps`."""
+        ranks, loader = self.ranks, self.loader(data, objective)
+        trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        first, total = self.state.step, self.optimisation.steps
+        said = [
+            f"{self.options.target}: {trained:,} parameters, {described(data)}",
+            *notes,
+            f"{ranks.size} x {ranks.device}, {self.frozen.dtype}, steps {first} to {total}, writing to {self.folder}",
+        ]
+        if ranks.is_main and (images := images_of(data)) is not None:
+            save_png(self.folder / "data.png", contact_sheet(images))
+        return self.make_steps(loader, objective, stop, said)
 
     def picture(self) -> Image.Image:
         """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.

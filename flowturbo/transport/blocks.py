@@ -151,8 +151,10 @@ class _Pair(NamedTuple):
     trapezoid_time: float  # what a block with `trapezoid` takes for its time
 
 
-def plan(blocks: Sequence[Block], times: Sequence[float]) -> tuple[Step, ...]:
+def plan(blocks: Sequence[Block], times: Sequence[float], at_hand: Sequence[float] = ()) -> tuple[Step, ...]:
     """The steps of a trajectory over N + 1 times, in either direction and from anywhere.
+
+    `at_hand` are the times of velocities that are there before the first step, oldest first.
 
     Raises ValueError unless there is one time more than blocks, and each step goes on in the direction of the first.
     """
@@ -162,7 +164,7 @@ def plan(blocks: Sequence[Block], times: Sequence[float]) -> tuple[Step, ...]:
     if not all(move * moves[0] > 0 for move in moves):
         raise ValueError(f"times must go one way, without standing still: {', '.join(f'{t:g}' for t in times[:8])}")
     longest = 1 + max(block.reuses for block in blocks)  # one of them may be evaluated again
-    history: list[_Pair] = []
+    history = [_Pair(time, time) for time in at_hand]
     steps = []
     for block, start, end in zip(blocks, times, times[1:]):
         step, history = _plan_step(block, start, end, history, longest)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from flowturbo.sampling.edit_options import EditOptions
-from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import check_made_for
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
@@ -68,7 +68,7 @@ class FileOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"files": FileOptions, "edit": EditOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
-    files, options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds)
+    files, options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS)
     variants = [replace(options, schedule=text) for text in files.compare or [options.schedule]]
     out = Path(files.out or default_name(files, options))
     for path in filter(None, (out, files.steps_picture)):

@@ -1,8 +1,8 @@
 """Editing measured on real images: round trips to noise and back, changes of class, and inpainting.
 
 Usage:
-  python -m benchmarks.editing                                     # scikit-learn's digits and the model under assets/
-  python -m benchmarks.editing --predictor-ckpt FILE --data-path FOLDER --num-images 256 --json editing.json
+  python -m benchmarks.editing                                     # digits of scikit-learn, and their model
+  python -m benchmarks.editing --model colour --data-path FOLDER --num-images 256 --json editing.json
 
 A picture's class is that of the nearest real image, by pixels. Changes and errors are root mean squares over pixels in
 [-1, 1]; ± is a standard error over the images, and for FD, the Fréchet distance between pixels, a bootstrap's.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowturbo.sampling.options import NetworkOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
@@ -91,7 +91,7 @@ class Data(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"what to measure": EditingOptions, "networks": NetworkOptions}
     defaults: dict[str, Any] = {"predictor_ckpt": "digits-predictor.pt", "vae_ckpt": "none"}
-    options, network_options = cli.parse(cli.new_parser(__doc__), argv, kinds, **defaults)
+    options, network_options = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS, **defaults)
     if options.json:
         check_writable(options.json)
 

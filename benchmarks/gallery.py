@@ -1,8 +1,8 @@
 """A picture of what editing does to real images: completed, and changed to another class by every method.
 
 Usage:
-  python -m benchmarks.gallery --out docs/images/editing.png       # scikit-learn's digits and the model under assets/
-  python -m benchmarks.gallery --predictor-ckpt FILE --data-path FOLDER --out FILE
+  python -m benchmarks.gallery --out docs/images/editing.png       # digits of scikit-learn, and their model
+  python -m benchmarks.gallery --model colour --data-path FOLDER --out FILE
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.editing import SOLVERS, EditingOptions, read_data
+from benchmarks.editing import EditingOptions, read_data
 from flowturbo.sampling.edit_options import EditOptions
-from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
+from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
@@ -27,7 +28,7 @@ class GalleryOptions:
     data_path: str | None = option(None, "one folder of images per class (default: digits)", metavar="DIR")
     images: int = option(12, "how many of them, each of another class where there are so many")
     first: int = option(0, "which image of its class")
-    schedule: str = option(f"{SOLVERS[-1]}6", "of every edit")
+    schedule: str = option("M6", "of every edit")
     side: int = option(64, "pixels of an image in the picture, at least")
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class GalleryOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"picture": GalleryOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
     defaults: dict[str, Any] = {"predictor_ckpt": "digits-predictor.pt", "vae_ckpt": "none", "cfg_scale": 1.0}
-    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, **defaults)
+    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS, **defaults)
     check_writable(options.out)
 
     import torch
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flowturbo.sampling.editing import edit
     from flowturbo.sampling.generate import find_files, load_networks
 
-    networks = load_networks(network_options, find_files(network_options, False))
+    networks = load_networks(
+        network_options, find_files(network_options, parse_sampler(options.schedule).needs_refiner)
+    )
     data = read_data(EditingOptions(options.data_path), networks)
     classes = [label for label in range(networks.predictor.num_classes) if (data.labels == label).any()]
     labels = [classes[k % len(classes)] for k in range(options.images)]

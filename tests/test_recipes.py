@@ -13,6 +13,7 @@ import sample_ddp_feature
 import train
 from flowturbo.networks.load import load_network
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.training.stopping import EXIT_STOPPED
 from flowturbo.weights.checkpoint import load_checkpoint
 
 
@@ -79,7 +80,8 @@ def test_a_session_limit_stops_with_a_checkpoint_and_auto_resumes(two_classes, t
     arguments += ["--results-dir", str(tmp_path), "--image-size", "8", "--hidden-size", "32", "--depth", "1"]
     arguments += ["--num-heads", "4", "--num-workers", "0", "--global-batch-size", "4", "--sample-every", "0"]
     arguments += ["--subset", "0.5", "--resume", "auto"]
-    train.main([*arguments, "--steps", "100000", "--max-hours", "0.0002"])
+    with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+        train.main([*arguments, "--steps", "100000", "--max-hours", "0.0002"])
     run = tmp_path / "000-predictor-no-note"
     (first,) = (run / "checkpoints").glob("*.pt")
     stopped = int(first.stem)

@@ -49,7 +49,7 @@ def cast(network: AnySiT, dtype: torch.dtype) -> AnySiT:
 def check_finite(network: SiT, of: str = "") -> None:
     """Raises ValueError naming a weight that is not finite in the type that it is held in; `of` says whose it is."""
     for name, value in network.named_parameters():
-        if not value.isfinite().all():
+        if not value.is_meta and not value.isfinite().all():
             raise ValueError(f"{of}{name} is not finite in {str(value.dtype).removeprefix('torch.')}")
 
 

@@ -73,7 +73,9 @@ class SearchOptions:
     forward_only: bool = option(
         False, "without gradients through the network: less memory, more evaluations, a worse result"
     )
-    directions: int = option(4, "with --forward-only: differences that a gradient is estimated from")
+    directions: int = option(
+        4, "differences that a gradient is estimated from, where there is none through the network"
+    )
     save_every: int = option(20, "steps between saves, from which the same command goes on")
     out: str | None = option(None, "(default: solvers/learned-EVALUATIONS-cfgSCALE.json)", metavar="JSON")
 

@@ -32,17 +32,17 @@ def front_table(front: Sequence[Measured]) -> str:
 
 def command(row: Measured, networks: NetworkOptions, sampling: SamplingOptions) -> str:
     """The call of sample.py that samples with a schedule."""
-    parts = ["python", "sample.py", "--schedule", str(row.candidate.spec)]
+    parts = ["python", "sample.py", flag_of("schedule"), str(row.candidate.spec)]
     for options, names in ((networks, ("predictor_ckpt", "vae_ckpt")), (sampling, ("cfg_scale", "cfg_every"))):
         for name in names:
             if getattr(options, name) != getattr(type(options), name) or name == "cfg_scale":
                 parts += [flag_of(name), str(getattr(options, name))]
     if sampling.cfg_interval != (0.0, 1.0):
-        parts += ["--cfg-interval", *map(str, sampling.cfg_interval)]
+        parts += [flag_of("cfg_interval"), *map(str, sampling.cfg_interval)]
     if row.candidate.refiner and row.candidate.form:
-        parts += ["--refiner-ckpt", row.candidate.refiner, "--refiner-step", row.candidate.form]
+        parts += [flag_of("refiner_ckpt"), row.candidate.refiner, flag_of("refiner_step"), row.candidate.form]
     if networks.compile:
-        parts.append("--compile")
+        parts.append(flag_of("compile"))
     return shlex.join(parts)
 
 

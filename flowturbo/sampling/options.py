@@ -19,7 +19,7 @@ from flowturbo.weights.registry import MODELS
 EXTRACTORS = ("inception", "pixels", "dinov2")
 DEVICE_HELP = "auto, cuda, cuda:K or cpu"
 MODEL_PRESETS = Presets(
-    "--model",
+    "model",
     "a model that comes with the package; sets the defaults of networks, schedule, guidance and classes",
     {name: model.options() for name, model in MODELS.items()},
 )

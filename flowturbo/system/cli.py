@@ -59,13 +59,13 @@ def new_parser(description: str | None, epilog: str | None = SPELLING) -> Parser
 class Presets:
     """A flag whose value sets the defaults of other fields: `values` of the fields by what the flag may say."""
 
-    flag: str
+    name: str  # of the flag, without its hyphens
     help: str
     values: Mapping[str, Mapping[str, Any]]
 
     def add_to(self, parser: Parser, argv: Sequence[str]) -> None:
         """Add the flag to a parser that has the others, and set the defaults that the arguments ask for."""
-        action = parser.add_argument(self.flag, choices=tuple(self.values), help=self.help)
+        action = parser.add_argument(f"--{self.name}", choices=tuple(self.values), help=self.help)
         chosen = getattr(parser.parse_args(argv), action.dest)
         declared = {each.dest for each in parser._actions}
         values = self.values.get(chosen, {})

@@ -39,7 +39,7 @@ class RefinerOptions(Group):
     schedule: str = option("H1P5R3", "what recipe endpoint trains for, its R blocks last; and of the sample grids")
     refiner_step: str = option("released", REFINER_STEP_HELP, choices=REFINER_STEPS)
     trajectories: int = option(
-        4096, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
+        8192, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
     )
     reference: str = option("M32", "the schedule of the finer solutions, without R")
 

@@ -80,7 +80,7 @@ class AnyRun:
                 log.say(f"done: {self.folder}")
             else:
                 why = stop.signal or ("the time limit" if stop.late else "another rank")
-                log.say(f"stopped by {why} after step {step}; go on with the same command and --resume auto")
+                log.say(f"stopped by {why} after step {step}; go on with the same settings and resume 'auto'")
         return self.is_done
 
     def fit(self, batches: Iterable[Batch], objective: Loss, stop: StopRequest, log: RunLog) -> LoaderFailed | None:

@@ -42,7 +42,7 @@ MODELS: Mapping[str, Model] = {
         refiner_ckpt="colour-refiner.safetensors",
         schedule="M11",
         cfg_scale=3.0,
-        classes=("flag", "face-smiling", "animal-mammal", "food-fruit"),
+        classes=("flag", "face-smiling", "animal-bird", "food-fruit"),
         refiner_step="midpoint",
     ),
     "digits": Model(

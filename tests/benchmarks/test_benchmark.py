@@ -8,12 +8,15 @@ import torch._dynamo
 import benchmark
 from benchmarks import sampling, startup, variants
 from benchmarks.measure import Timing, flops
+from benchmarks.options import BenchmarkOptions, plan_of
 from benchmarks.report import Row, plot, ratios
 from benchmarks.variants import Error, ReleasedStyle
 from flowturbo.models import SIT_CONFIGS, SiT
 from flowturbo.networks.precision import has_bf16
 from flowturbo.refiner import VelocityRefiner
-from flowturbo.transport import FlowTurbo
+from flowturbo.sampling.solvers import LearnedSolver, parse_schedule, write_solver
+from flowturbo.transport import FlowTurbo, Schedule
+from flowturbo.transport.solver import Solver
 
 TINY = ["--model", "SiT-S/4", "--depth", "1", "--image-size", "64", "--repeats", "2", "--device", "cpu"]
 
@@ -38,8 +41,19 @@ def test_the_published_way_gives_the_same_latents(predictor, refiner, batch):
     """It is a baseline only if it computes the same; by the released code's own steps, with a doubled state."""
     z, y = batch(3)
     ours = FlowTurbo(predictor, refiner, "H1P2R2", 1.5).sample(z, y)
-    released = ReleasedStyle(predictor, refiner, "H1P2R2", 1.5, torch.float32).sample(z, y)
+    released = ReleasedStyle(predictor, refiner, Schedule.parse("H1P2R2"), 1.5, torch.float32).sample(z, y)
     torch.testing.assert_close(released, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_a_solver_is_timed_as_a_schedule_is(predictor, batch, tmp_path):
+    solver, path = Solver.of("A3"), str(tmp_path / "three.json")
+    write_solver(path, LearnedSolver("three", solver.grid, solver.coefficients))
+    assert plan_of(BenchmarkOptions(schedules=(path, "h2"), device="cpu")).schedules == (path, "H2")
+    z, y = batch(2)
+    released = ReleasedStyle(predictor, predictor, parse_schedule(path), 1.5, torch.float32).sample(z, y)
+    torch.testing.assert_close(released, FlowTurbo(predictor, None, "A3", 1.5).sample(z, y), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="dopri5 is no schedule"):
+        BenchmarkOptions(schedules=("dopri5",))
 
 
 def test_work_of_one_image():

@@ -182,8 +182,8 @@ class Saboteur:
                     act()
                 return super().write(data)
 
-        def opened(path: object, mode: str = "r", *rest: object) -> object:
-            return io.BufferedWriter(Raw(path, "w")) if mode == "wb" else builtins.open(path, mode, *rest)
+        def opened(path: object, mode: str = "r", *rest: object, **more: object) -> object:
+            return io.BufferedWriter(Raw(path, "x")) if mode == "xb" else builtins.open(path, mode, *rest, **more)
 
         def guarded(operation: Callable) -> Callable:
             def call(*args: object, **more: object) -> object:

@@ -168,7 +168,7 @@ class Shape:
     height: int = option(2, "how high")
 
 
-PRESETS = cli.Presets("--kind", "a ready shape", {"flat": {"width": 9, "depth": 3}, "tall": {"height": 9}})
+PRESETS = cli.Presets("kind", "a ready shape", {"flat": {"width": 9, "depth": 3}, "tall": {"height": 9}})
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_image_to_image_may_begin_among_the_refiner_blocks():
         assert calls.count == of_refiner
 
 
+@pytest.mark.slow
 def test_compiled_networks_stay_compiled():
     """One graph of the transformer, whatever the evaluation; the hook itself is not traced."""
     graphs = []

@@ -100,6 +100,7 @@ def test_other_settings_and_other_data_are_refused(pipeline, pictures, tmp_path)
         train(pipeline, pictures, tmp_path, "--steps", "1", "--height", "16")
 
 
+@pytest.mark.slow
 def test_the_network_itself_is_trained(pipeline, pictures, tmp_path):
     run = train(pipeline, pictures, tmp_path, "--epochs", "20", "--target", "predictor", "--note", "again")
     assert (run / NETWORK / "config.json").is_file()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowturbo.planning.options import ImportOptions, PlannerOptions, SearchOptions
-from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import LearnedSolver, check_solver_path, write_solver
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable, exclusive, sha256
@@ -34,7 +34,7 @@ NETWORKS = {"networks": NetworkOptions, "sampling": SamplingOptions}
 def plan(argv: Sequence[str]) -> None:
     """Measure schedules on this device and name the best one within a budget."""
     kinds = {"what to choose from": PlannerOptions, **NETWORKS}
-    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, cfg_scale=1.5)
+    options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS, cfg_scale=1.5)
     if options.plot:
         check_writable(options.plot)
 
@@ -56,7 +56,7 @@ def search(argv: Sequence[str]) -> None:
     parser = cli.new_parser(search.__doc__)
     parser.prog += " search"
     kinds = {"search": SearchOptions, **NETWORKS}
-    options, network_options, sampling = cli.parse(parser, argv, kinds, cfg_scale=1.5)
+    options, network_options, sampling = cli.parse(parser, argv, kinds, MODEL_PRESETS, cfg_scale=1.5)
     name = f"learned-{options.evaluations}-cfg{sampling.cfg_scale:g}"
     out = Path(options.out or f"solvers/{name}.json")
     check_solver_path(out)

@@ -68,7 +68,7 @@ def report(pictures: Path, out: Path) -> str:
     lines += ["| samples | class accuracy | Fréchet distance | distance to the nearest | copies |", "|---" * 5 + "|"]
     lines.append(row("the pictures themselves", data.images, data, itself=True))
     for schedule, scale in [*((model.schedule, scale) for scale in SCALES), (REFINED, model.cfg_scale)]:
-        images = draw(networks, data, schedule, scale, model.refiner_step)
+        images = draw(networks, data, schedule, scale)
         lines.append(row(f"{schedule}, cfg {scale:g}", images, data))
         if (schedule, scale) == (model.schedule, model.cfg_scale):
             show_nearest(images, data, out / "nearest.png")
@@ -85,9 +85,9 @@ def read(pictures: Path, networks: Networks) -> Data:
     return Data(images, [names.index(Path(file).parent.name) for file in folder.files])
 
 
-def draw(networks: Networks, data: Data, schedule: str, scale: float, form: str, batch: int = 64) -> Tensor:
+def draw(networks: Networks, data: Data, schedule: str, scale: float, batch: int = 64) -> Tensor:
     """A sample for each picture, of its class: uint8 (N, 3, 32, 32)."""
-    sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale), form))
+    sampler = ImageSampler(networks, schedule, SamplerSettings(Guidance(scale), networks.refiner_step or "released"))
     starts = range(0, len(data.classes), batch)
     parts = [data.classes[start : start + batch] for start in starts]
     return torch.cat([sampler(0, range(s, s + len(part)), part) for s, part in zip(starts, parts, strict=True)]).cpu()

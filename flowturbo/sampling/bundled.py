@@ -45,7 +45,8 @@ def from_name(
 ) -> Sampler:
     """A sampler of the model called `name`, along its own schedule and with its own guidance unless others are given.
 
-    `settings` are FlowTurbo's. It samples pixels, about [-1, 1]. `flowturbo.FlowTurbo.from_name` is this function.
+    `refiner_step` is by default the form of R that the refiner was trained for; `settings` are FlowTurbo's. It samples
+    pixels, about [-1, 1]. `flowturbo.FlowTurbo.from_name` is this function.
     Raises ValueError for an unknown name, and as FlowTurbo does.
     """
     model = find_bundled(name)
@@ -53,4 +54,5 @@ def from_name(
     steps = parse_schedule(chosen) if isinstance(chosen, str) else chosen
     networks = load_bundled(name, steps.has_refiner, device)
     scale = model.cfg_scale if cfg_scale is None else cfg_scale
-    return kind(networks.predictor, networks.refiner, steps, scale, refiner_step or model.refiner_step, **settings)
+    form = refiner_step or networks.refiner_step or "released"
+    return kind(networks.predictor, networks.refiner, steps, scale, form, **settings)

@@ -27,7 +27,6 @@ class Model:
     schedule: str
     cfg_scale: float
     classes: tuple[str, ...]  # those that sample.py draws
-    refiner_step: str  # what the refiner was trained for
     vae_ckpt: str = "none"
 
     def options(self) -> dict[str, Any]:
@@ -43,7 +42,6 @@ MODELS: Mapping[str, Model] = {
         schedule="M11",
         cfg_scale=3.0,
         classes=("flag", "face-smiling", "animal-bird", "food-fruit"),
-        refiner_step="midpoint",
     ),
     "digits": Model(
         about="handwritten digits, grey, 8x8 pixels",
@@ -52,7 +50,6 @@ MODELS: Mapping[str, Model] = {
         schedule="H1P5R2",
         cfg_scale=1.0,
         classes=tuple("0123456789"),
-        refiner_step="single",
     ),
 }
 

@@ -1,7 +1,6 @@
 """The planner's candidates, rounds and choice."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from flowturbo.planning.planner import Candidate, Measured, Planner, front, prom
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.transport import Guidance, SamplerSettings, SamplerSpec, Schedule
 from flowturbo.transport.blocks import REFINER_STEPS
+from flowturbo.weights.registry import PACKAGED
 
-DIGITS = Path(__file__).parents[2] / "assets" / "digits-predictor.pt"
+DIGITS = PACKAGED / "digits-predictor.pt"
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 5, 6])

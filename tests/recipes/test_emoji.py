@@ -148,6 +148,6 @@ def test_a_small_model_from_nothing(tmp_path):
     networks = load_networks(options, find_files(options, refiner=True))
     data = emoji_figures.read(tmp_path / "pictures", networks)
     assert len(data.classes) == len(ImageFolder(tmp_path / "pictures"))
-    samples = emoji_figures.draw(networks, data, "M4R1", 3.0, "midpoint")
+    samples = emoji_figures.draw(networks, data, "M4R1", 3.0)
     accuracy, error = emoji_figures.class_accuracy(emoji_figures.nearest(samples, data.images), data)
     assert accuracy - 2 * error > 0.8

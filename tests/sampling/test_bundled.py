@@ -52,10 +52,16 @@ def test_from_name_is_the_sampler_of_the_models_networks(name):
     z, y = keyed_noise(0, range(2), shape), torch.tensor([0, 1])
     sampler = FlowTurbo.from_name(name, device="cpu")
     assert (str(sampler), sampler.guidance.scale) == (model.schedule, model.cfg_scale)
-    by_hand = FlowTurbo(networks.predictor, networks.refiner, model.schedule, model.cfg_scale, model.refiner_step)
+    by_hand = FlowTurbo(networks.predictor, networks.refiner, model.schedule, model.cfg_scale)
     x = sampler.sample(z, y)
     assert torch.equal(x, by_hand.sample(z, y))
     assert x.abs().mean() < 1.5
+
+
+def test_the_form_of_r_is_the_one_that_the_refiner_was_trained_for():
+    assert FlowTurbo.from_name("colour", "M4R1", device="cpu").refiner_step == "midpoint"
+    assert FlowTurbo.from_name("colour", "P4R1", refiner_step="single", device="cpu").refiner_step == "single"
+    assert FlowTurbo.from_name("digits", device="cpu").refiner_step == "released"
 
 
 def test_from_name_takes_what_flowturbo_takes():

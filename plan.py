@@ -100,16 +100,22 @@ def read(argv: Sequence[str]) -> None:
     (options,) = cli.parse(parser, argv, {"import": ImportOptions})
 
     from flowturbo.planning.tables import read_tables
+    from flowturbo.weights.checkpoint import resolve
 
-    digest = None if options.predictor_ckpt is None else sha256(options.predictor_ckpt)
+    digest = None if options.predictor_ckpt is None else sha256(resolve(options.predictor_ckpt))
     guidance = None if options.cfg_scale is None else Guidance(options.cfg_scale)
     made = {"command": "plan.py import", "table": Path(options.table).name}
+    solvers: dict[Path, LearnedSolver] = {}
     for name, solver in read_tables(options.table).items():
         name = f"{options.name}-{len(solver)}" if options.name else name
         out = Path(options.out) / f"{name}.json"
-        about = LearnedSolver(name, solver.grid, solver.coefficients, digest, guidance, made)
+        if out in solvers or out.exists():
+            raise ValueError(f"solver file {str(out)!r} is there already")
+        solvers[out] = LearnedSolver(name, solver.grid, solver.coefficients, digest, guidance, made)
+        check_solver_path(out)
+    for out, about in solvers.items():
         write_solver(out, about)
-        print(f"saved {out}: {len(solver)} evaluations")
+        print(f"saved {out}: {len(about)} evaluations")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"search": search, "import": read}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowturbo.configurations import PRECISIONS, SIT_CONFIGS
-from flowturbo.sampling.options import DEVICE_HELP
+from flowturbo.sampling.options import DEVICE_HELP, EXTRACTORS
 from flowturbo.sampling.solvers import parse_schedule
 from flowturbo.system.options import option
 from flowturbo.transport.guidance import Guidance
@@ -86,9 +86,11 @@ class QualityOptions:
     num_images: int = option(512, "samples that errors are measured on")
     compile: bool = option(False, "blocks, and the peers' networks, as static graphs")
     reference: str | None = option(None, "images, or their features, for the Fréchet distance", metavar="PATH")
-    extractor: str = option("inception", "of that distance: inception, pixels or dinov2")
+    extractor: str = option("inception", "of that distance", choices=EXTRACTORS)
 
     def __post_init__(self) -> None:
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(f"extractor {self.extractor!r} must be one of {', '.join(EXTRACTORS)}")
         if any(n < 4 or n % 2 for n in self.evaluations):
             raise ValueError("evaluations must be even numbers of at least 4")
         if self.num_images < 2 or self.cfg_every < 1:

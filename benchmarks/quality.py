@@ -7,9 +7,10 @@ schedulers of diffusers; beside each refiner the same schedule with the line L i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import interleave
 from benchmarks.options import BenchmarkOptions, QualityOptions
-from benchmarks.peers import PeerSampler, is_peer
+from benchmarks.peers import PEERS, PeerSampler, is_peer
 from flowturbo.data.pictures import to_uint8
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.evaluation import evaluate, load_extractor
@@ -32,6 +33,7 @@ from flowturbo.sampling.options import NetworkOptions
 from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import FlowTurbo
+from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.spec import SamplerSettings
 
 SEED = 1_000_003  # of the noise: no training, no search and no grid draws from it
@@ -52,8 +54,7 @@ class Row:
     distance: Estimate | None  # Fréchet
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A sampler of the table: `sample` from noise and labels to latents."""
 
     name: str
@@ -71,11 +72,11 @@ def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
     guidance = Guidance(common.cfg_scale)
     settings = SamplerSettings(guidance, path_type=networks.path_type or "linear")
     draws = Draws.random(SEED, range(options.num_images), networks.predictor.num_classes)
-    candidates = list(candidates_of(options, common.schedules, networks, settings))
+    reference = Reference(options, networks) if options.reference else None
+    candidates = unlike(candidates_of(options, common.schedules, networks, settings))
     space = "pixels" if networks.autoencoder.channels is None else "latents"
     print(f"{len(draws.numbers)} samples, {guidance}; errors in {space}")
     fine = fine_end_points(networks, settings, *draws)
-    reference = Reference(options, networks) if options.reference else None
     timings = time_all(candidates, networks, draws, common.repeats or 3)
     print(header(reference is not None))
     rows: list[Row] = []
@@ -127,9 +128,23 @@ def candidates_of(
         refiner = load_network(VelocityRefiner, file).to(networks.device)
         refined = Networks(networks.predictor, refiner, networks.autoencoder, networks.device, networks.path_type)
         shaped = SamplerSettings(settings.guidance, form, settings.path_type)
-        free = schedule.replace("R", "L")
-        yield candidate(free, networks, settings, options.compile)
+        blocks = Schedule.parse(schedule)
+        free = Schedule(blocks.blocks.replace("R", "L"), blocks.grid)
+        yield candidate(str(free), networks, settings, options.compile)
         yield candidate(schedule, refined, shaped, options.compile, f"{schedule} {form} {Path(file).stem}")
+
+
+def unlike(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those with names of their own: the same twice is left out, others of one name are numbered. H1P comes first,
+    since the others are compared with it."""
+    found: dict[str, Candidate] = {}
+    for each in sorted(candidates, key=lambda each: not each.name.startswith("H1P")):
+        name, copies = each.name, 1
+        while name in found and "R" in name:
+            copies += 1
+            name = f"{each.name} ({copies})"
+        found[name] = each._replace(name=name)
+    return list(found.values())
 
 
 def read_refiner(text: str) -> tuple[str, str, str]:
@@ -148,7 +163,10 @@ def candidate(
         network = static_graph(networks.predictor) if compile else networks.predictor
         peer = PeerSampler(network, name, settings.guidance)
         return Candidate(label or name, peer.evaluations(), peer.rows(), peer.sample)
-    spec = parse_sampler(name)
+    try:
+        spec = parse_sampler(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or a peer: {', '.join(f'{peer}6' for peer in PEERS)}") from None
     sampler = spec.build(networks.predictor, networks.refiner, settings, StaticGraphs if compile else None)
     if not isinstance(sampler, FlowTurbo):
         raise ValueError(f"{name} chooses its own evaluations: the table is of schedules")
@@ -185,8 +203,9 @@ class Reference:
     def __init__(self, options: QualityOptions, networks: Networks):
         assert options.reference is not None
         self.networks = networks
+        side = Side.open(options.reference)
         self.extractor = load_extractor(options.extractor, networks.device, None)
-        self.features = Side.open(options.reference).features(self.extractor, (), TIMED, networks.device)
+        self.features = side.features(self.extractor, (), TIMED, networks.device)
 
     def distance(self, points: Tensor) -> Estimate:
         """With the standard error of 50 resamples."""

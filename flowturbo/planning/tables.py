@@ -35,9 +35,14 @@ def read_tables(path: str | os.PathLike[str]) -> dict[str, Solver]:
         found = {}
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _is_table(node.value):
-                for entry in _literal(node.value).values():
+                table = _literal(node.value)
+                if not isinstance(table, dict):
+                    raise ValueError(f"{node.targets[0].id} is no dictionary of solvers")
+                for entry in table.values():
                     deltas, coefficients = entry["timedeltas"], entry["coeffs"]
                     name = f"{node.targets[0].id.lower()}-{len(deltas)}"
+                    if name in found:
+                        raise ValueError(f"{node.targets[0].id} has two solvers of {len(deltas)} steps")
                     found[name] = from_table(name, deltas, coefficients)
     except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__

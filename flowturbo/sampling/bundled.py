@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from flowturbo.sampling.generate import Networks, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions
+from flowturbo.sampling.solvers import parse_schedule
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.samplers import FlowTurbo
 from flowturbo.transport.schedule import Schedule
@@ -49,8 +50,9 @@ def from_name(
     Raises ValueError for an unknown name, and as FlowTurbo does.
     """
     model = find_bundled(name)
-    schedule = Schedule.parse(schedule or model.schedule) if not isinstance(schedule, Solver) else schedule
-    networks = load_bundled(name, schedule.has_refiner, device)
+    chosen = model.schedule if schedule is None else schedule
+    steps = parse_schedule(chosen) if isinstance(chosen, str) else chosen
+    networks = load_bundled(name, steps.has_refiner, device)
     scale = model.cfg_scale if cfg_scale is None else cfg_scale
     form = refiner_step or networks.refiner_step or "released"
-    return kind(networks.predictor, networks.refiner, schedule, scale, form, **settings)
+    return kind(networks.predictor, networks.refiner, steps, scale, form, **settings)

@@ -103,22 +103,24 @@ def read_solver(path: str | os.PathLike[str]) -> LearnedSolver:
 
 
 def write_solver(path: str | os.PathLike[str], solver: LearnedSolver) -> None:
-    """Write a solver's file, whole or not at all. Raises ValueError as `check_solver_path`, and OSError."""
+    """Write a solver's file, whole or not at all.
+
+    Raises ValueError as `check_solver_path`, and for what could not be read again, and OSError.
+    """
     check_solver_path(path)
     guidance = None if solver.guidance is None else asdict(solver.guidance)
-    write_record(
-        path,
-        {
-            "format": FORMAT,
-            "evaluations": len(solver),
-            "times": list(solver.grid),
-            "coefficients": [list(row) for row in solver.coefficients],
-            "model_sha256": solver.model_sha256,
-            "guidance": guidance,
-            "made": dict(solver.made),
-            "error": dict(solver.error),
-        },
-    )
+    content = {
+        "format": FORMAT,
+        "evaluations": len(solver),
+        "times": list(solver.grid),
+        "coefficients": [list(row) for row in solver.coefficients],
+        "model_sha256": solver.model_sha256,
+        "guidance": guidance,
+        "made": dict(solver.made),
+        "error": dict(solver.error),
+    }
+    _solver_of(content, solver.name)
+    write_record(path, content)
 
 
 def check_solver_path(path: str | os.PathLike[str]) -> None:

@@ -52,7 +52,9 @@ class RefinerOptions(Group):
         if reference.has_refiner:
             raise ValueError(f"reference {reference} must be of the predictor alone, without R")
         if self.recipe == ENDPOINT:
-            schedule = Schedule.parse(self.schedule)
+            schedule = spec.schedule
+            if not isinstance(schedule, Schedule):
+                raise ValueError(f"recipe endpoint trains the R blocks that a schedule ends with: {spec} has no blocks")
             tail = schedule.blocks[len(schedule.prefix) :]
             if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
                 raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +243,23 @@ def test_what_is_no_table_is_one_line(tmp_path, content, message):
         read_tables(path)
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, SyntaxError)
+
+
+def test_an_import_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = "dict(step2=dict(timedeltas=[0.5, 0.5], coeffs=[[0, 0], [{a}, 0]]))"
+    Path("two.py").write_text(f"A = {table.format(a=-0.5)}\nB = {table.format(a=0.1)}\n")
+    with pytest.raises(ValueError, match=r"foo-2\.json' is there already"):  # both would be foo-2
+        plan.main(["import", "two.py", "--name", "foo"])
+    assert not list(tmp_path.glob("solvers/*"))
+    Path("one.py").write_text(f"A = {table.format(a=-0.5)}\n")
+    plan.main(["import", "one.py", "--name", "foo"])
+    with pytest.raises(ValueError, match=r"foo-2\.json' is there already"):
+        plan.main(["import", "one.py", "--name", "foo"])
+    Path("large.py").write_text(f"A = {table.format(a=1e9)}\n")
+    with pytest.raises(ValueError, match="expected numbers of at most"):  # no reader would take it
+        plan.main(["import", "large.py"])
+    for text in ('x = ["timedeltas"]', 'DOC = "timedeltas"'):
+        Path("odd.py").write_text(text)
+        with pytest.raises(ValueError, match=r"odd\.py' (cannot be read as|holds no) "):
+            plan.main(["import", "odd.py"])

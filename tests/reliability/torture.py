@@ -909,6 +909,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(CAMPAIGNS), default=list(CAMPAIGNS), help="some of it")
     parser.add_argument("--json", metavar="FILE", help="also write figures and failures here")
     args = parser.parse_args(cli.hyphenate(argv))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would ignore it
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
         lab = Lab(Path(root), args.seed, args.quick)

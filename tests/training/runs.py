@@ -135,6 +135,7 @@ def serve():
 
     import flowturbo.training.resume  # noqa: F401  # with all that train.py imports
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, here and in the forks
     while line := sys.stdin.readline().strip():
         order = json.loads(line)
         with socket.socket() as free:

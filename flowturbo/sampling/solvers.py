@@ -90,7 +90,7 @@ def read_solver(path: str | os.PathLike[str]) -> LearnedSolver:
     """The solver in a file, called by the file's name. Raises ValueError naming a file that holds none."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"no such solver file: {os.fspath(path)}")
+        raise ValueError(f"no such solver file, and no schedule of blocks: {os.fspath(path)}")
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = sample_row(sampler, sampling.seed, classes, options.batch_size)
         rows.append(row.images)
         name = f"{sampler} compiled" if network_options.compile else str(sampler)
-        captions.append(row.caption(name, sampling.cfg_scale))
+        captions.append(row.caption(name, sampler))
         print(captions[-1] + (", compilation included" if network_options.compile and len(samplers) == 1 else ""))
     if not options.compare:
         rows, captions = arrange(rows[0], classes, networks.class_names)
@@ -138,11 +138,12 @@ class Row:
     evaluations: tuple[int, int]  # predictor, refiner
     seconds: float  # from noise to bytes
 
-    def caption(self, name: str, cfg_scale: float) -> str:
+    def caption(self, name: str, sampler: ImageSampler) -> str:
         predictor, refiner = self.evaluations
         count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
+        rows = f", {sum(sampler.rows)} rows" if sampler.rows else ""
         ms = 1000 * self.seconds / len(self.images)
-        return f"{name}   {count} evaluations   cfg {cfg_scale:g}   {ms:.3g} ms/image"
+        return f"{name}   {count} evaluations{rows}   {sampler.guidance}   {ms:.3g} ms/image"
 
 
 def sample_row(sampler: ImageSampler, seed: int, classes: Sequence[int], batch_size: int) -> Row:

@@ -80,11 +80,17 @@ def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
     timings = time_all(candidates, networks, draws, common.repeats or 3)
     print(header(reference is not None))
     rows: list[Row] = []
-    found: dict[str, Fidelity] = {}
+    by_name = {candidate.name: candidate for candidate in candidates}
+    ends: dict[str, Tensor] = {}
+
+    def end_of(name: str) -> Tensor:
+        if name not in ends:
+            ends[name] = run(by_name[name], networks, draws)
+        return ends[name]
+
     for candidate in candidates:
-        points = run(candidate, networks, draws)
-        found[candidate.name] = fidelity = Fidelity.of(points, fine)
-        rival = found.get(f"H1P{candidate.evaluations[0] - 2}")
+        points, rival = end_of(candidate.name), f"H1P{candidate.evaluations[0] - 2}"
+        fidelity = Fidelity.of(points, fine)
         row = Row(
             candidate.name,
             candidate.evaluations,
@@ -92,7 +98,7 @@ def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
             timings[candidate.name],
             fidelity.rmse,
             fidelity.psnr,
-            None if rival is None else fidelity.ratio(rival),
+            fidelity.ratio(Fidelity.of(end_of(rival), fine)) if rival in by_name else None,
             None if reference is None else reference.distance(points),
         )
         rows.append(row)
@@ -101,10 +107,7 @@ def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
 
 
 def names_at(evaluations: int) -> list[str]:
-    """Samplers of the table with so many evaluations of the predictor, an even number of at least 4.
-
-    H1P comes first: the others' errors are compared with its.
-    """
+    """Samplers of the table with so many evaluations of the predictor, an even number of at least 4."""
     n, half = evaluations, evaluations // 2
     blocks = [f"H1P{n - 2}", f"E{n}", f"H{half}", f"D{half}", f"A{n}", f"B{n - 1}", f"F{n - 1}", f"M{n - 1}"]
     return [*blocks, f"UniPC{n}", f"DPM++{n}"]
@@ -123,24 +126,26 @@ def candidates_of(
                 path_type=settings.path_type,
             )
             yield candidate(name, networks, some, options.compile, f"{name} every {options.cfg_every}")
+    free_rows: set[str] = set()
     for text in options.refiners:
         schedule, form, file = read_refiner(text)
         refiner = load_network(VelocityRefiner, file).to(networks.device)
         refined = Networks(networks.predictor, refiner, networks.autoencoder, networks.device, networks.path_type)
         shaped = SamplerSettings(settings.guidance, form, settings.path_type)
         blocks = Schedule.parse(schedule)
-        free = Schedule(blocks.blocks.replace("R", "L"), blocks.grid)
-        yield candidate(str(free), networks, settings, options.compile)
+        free = str(Schedule(blocks.blocks.replace("R", "L"), blocks.grid))
+        if free not in free_rows:
+            yield candidate(free, networks, settings, options.compile)
+        free_rows.add(free)
         yield candidate(schedule, refined, shaped, options.compile, f"{schedule} {form} {Path(file).stem}")
 
 
 def unlike(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those with names of their own: the same twice is left out, others of one name are numbered. H1P comes first,
-    since the others are compared with it."""
+    """Them with names of their own, in their order: those of one name are numbered from the second on."""
     found: dict[str, Candidate] = {}
-    for each in sorted(candidates, key=lambda each: not each.name.startswith("H1P")):
+    for each in candidates:
         name, copies = each.name, 1
-        while name in found and "R" in name:
+        while name in found:
             copies += 1
             name = f"{each.name} ({copies})"
         found[name] = each._replace(name=name)

@@ -36,7 +36,7 @@ from flowturbo.transport.path import PATHS
 from flowturbo.transport.samplers import guided
 from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.solver import Solver
-from flowturbo.transport.spec import SamplerSettings
+from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 from flowturbo.weights.checkpoint import load_checkpoint, save_checkpoint
 
 progress = partial(tqdm, leave=False, disable=None, dynamic_ncols=True)
@@ -59,9 +59,7 @@ class Trajectories:
         """By the midpoint method with so many steps, under a progress bar."""
         planned = 2 * steps * math.ceil(len(draws.numbers) / batch)
         with (
-            tqdm(
-                total=planned, unit="evaluation", desc="fine solutions", leave=False, disable=None, dynamic_ncols=True
-            ) as bar,
+            progress(total=planned, unit="evaluation", desc="fine solutions") as bar,
             CallCounter(networks.predictor, bar.update),
         ):
             ends = fine_end_points(networks, settings, *draws, batch_size=batch, fine=f"D{steps}")
@@ -95,8 +93,6 @@ def starts(evaluations: int) -> list[Solver]:
 
 def measure(networks: Networks, settings: SamplerSettings, solver: Solver, on: Trajectories, batch: int) -> Fidelity:
     """The fidelity of a solver's end points."""
-    from flowturbo.transport.spec import SamplerSpec
-
     return Fidelity.of(end_points(networks, SamplerSpec.parse(solver), settings, *on.draws, batch_size=batch), on.ends)
 
 
@@ -115,7 +111,7 @@ class Found:
 
 
 class Search:
-    """A search under way. `folder_record` is what a saved state must agree with, as JSON types; `state` its file."""
+    """A search under way. `state` is its file, whose content must agree with `record`, of JSON types."""
 
     def __init__(
         self,
@@ -166,16 +162,7 @@ class Search:
             for tensor, saved in zip(numbers.tensors, (content["logits"], content["coefficients"])):
                 tensor.data.copy_(saved)
             optimizer.load_state_dict(content["optimizer"])
-        bar = tqdm(
-            total=options.steps,
-            initial=first,
-            unit="step",
-            desc="search",
-            leave=False,
-            disable=None,
-            dynamic_ncols=True,
-        )
-        with bar:
+        with progress(total=options.steps, initial=first, unit="step", desc="search") as bar:
             for step in range(first, options.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = options.lr * (1 + math.cos(math.pi * step / options.steps)) / 2

@@ -187,7 +187,8 @@ class ImageSampler:
             engine=StaticGraphs if compile else None,
             decode=self._decode if decode else None,
         )
-        self.evaluations = self.spec.evaluations(settings.refiner_step)
+        self.guidance = settings.guidance
+        self.evaluations, self.rows = self.spec.evaluations(settings.refiner_step), self.spec.rows(settings)
 
     def __str__(self) -> str:
         return str(self.spec)

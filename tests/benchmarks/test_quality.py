@@ -76,6 +76,16 @@ def test_the_error_of_a_fine_solution_is_none(pixel_models, tmp_path):
     assert fine["rmse"][0] < 1e-6
 
 
+def test_rows_keep_their_order_and_their_rival_may_come_later(pixel_models, tmp_path):
+    out = tmp_path / "table.json"
+    flags = ["--quality", "--predictor-ckpt", pixel_models[1], "--schedules", "A4", "H1P2", "A4", "--num-images", "3"]
+    benchmark.main([*flags, "--cfg-scale", "1", "--repeats", "1", "--json", str(out)])
+    first, rival, again = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in (first, rival, again)] == ["A4", "H1P2", "A4 (2)"]
+    assert first["against"] == again["against"]
+    assert first["against"][0] == pytest.approx(first["rmse"][0] / rival["rmse"][0])
+
+
 @pytest.mark.parametrize("text", ["M4R1", "M4R1:midpoint", "M4:midpoint:file.pt"])
 def test_impossible_refiners_are_refused(text):
     with pytest.raises(ValueError, match="expected SCHEDULE:FORM:FILE"):

@@ -71,7 +71,7 @@ def test_only_what_the_schedule_needs_is_asked_for(pixel_models, tmp_path):
 def test_the_models_first_classes_are_drawn_four_in_a_row(draw):
     out, said = draw("--schedule", "H1P2R1")
     assert cells(out, 2, 4).std() > 10
-    assert "H1P2R1   4 + 2 evaluations   cfg 4" in said
+    assert "H1P2R1   4 + 2 evaluations, 12 rows   cfg 4   " in said
     assert f"saved {out}" in said
 
 
@@ -90,7 +90,7 @@ def test_the_pictures_are_what_the_sampler_computes(draw, pixel_models, batch):
 
 def test_compare_draws_one_captioned_row_per_sampler(draw):
     out, said = draw("--compare", "H2", "h1p2", "[H1R1]x2", "E3", "dopri5", "sde5", "--classes", 1, 2, 3)
-    counts = dict(re.findall(r"^(\S+)   (.+?) evaluations   cfg 4   \S+ ms/image$", said, re.MULTILINE))
+    counts = dict(re.findall(r"^(\S+)   (.+?) evaluations(?:, \d+ rows)?   cfg 4   \S+ ms/image$", said, re.MULTILINE))
     dopri5 = counts.pop("dopri5")
     assert counts == {"H2": "4", "H1P2": "4", "H1R1H1R1": "4 + 4", "E3": "3", "sde5": "5"}
     assert int(dopri5) > 12
@@ -196,7 +196,9 @@ def test_a_model_of_the_package_is_drawn_by_its_name(tmp_path, capsys):
     out = tmp_path / "digits.png"
     flags = ["--model", "digits", "--device", "cpu", "--out", str(out)]
     sample.main([*flags, "--schedule", "H1P1", "--classes", "3", "8", "--num-images", "4"])
-    assert "H1P1   3 evaluations   cfg 1 " in capsys.readouterr().out
+    assert "H1P1   3 evaluations, 3 rows   cfg 1 " in capsys.readouterr().out
+    sample.main([*flags, "--schedule", "A4", "--cfg-scale", "1.5", "--cfg-every", "2", "--classes", "3"])
+    assert "A4   4 evaluations, 6 rows   cfg 1.5 every 2   " in capsys.readouterr().out
     with pytest.raises(MissingWeights) as caught:
         sample.main([*flags, "--refiner-ckpt", str(tmp_path / "mine.pt")])
     assert caught.value.fields == ["refiner_ckpt"]
@@ -323,10 +325,10 @@ def test_compiled_pictures_equal_eager_ones(draw, untimed, flags):
     eager, said_eager = draw(*flags)
     assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
     assert untimed == ["H1P2R2", "H1P2R2 eager"]
-    evaluations = re.search(r"H1P2R2   (4 \+ \d) evaluations", said_eager)[1]
+    evaluations = re.search(r"H1P2R2   (4 \+ \d evaluations, \d+ rows)   ", said_eager)[1]
     scale = r"cfg 1" if 1 in flags else "cfg 4"
     assert re.match(
-        rf"H1P2R2 compiled   {re.escape(evaluations)} evaluations   {scale}   \S+ ms/image, compilation included\n",
+        rf"H1P2R2 compiled   {re.escape(evaluations)}   {scale}   \S+ ms/image, compilation included\n",
         said,
     )
 
@@ -335,7 +337,7 @@ def test_compared_samplers_are_timed_after_their_compilation(draw, untimed):
     flags = ["--compare", "H2", "P2R1", "--classes", 1, 2, 3, "--compile"]
     compiled, said = draw(*flags)
     assert untimed == ["H2", "P2R1", "H2", "P2R1"]
-    assert re.match(r"H2 compiled   4 evaluations .* ms/image\nP2R1 compiled   3 \+ 2 evaluations .* ms/image\n", said)
+    assert re.match(r"H2 compiled   4 evaluations, 8 rows   .* ms/image\nP2R1 compiled   3 \+ 2 evaluations, 10 rows   .* ms/image\n", said)
     eager, _ = draw(*flags[:-1])
     height, top = 32 + 2 + int(12 * 1.6), 2 + int(12 * 1.6)
     for row in (0, 1):

@@ -1,5 +1,6 @@
 import contextlib
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,31 @@ def feature_set(count=6, **changes):
 
 def noise_images(count=5, size=(6, 7), channels=3):
     return np.random.default_rng(0).integers(0, 256, (count, *size, channels), dtype=np.uint8)
+
+
+def test_images_are_read_a_batch_ahead(tmp_path):
+    reading = [threading.Event() for _ in range(3)]
+
+    class Images:
+        path = tmp_path
+
+        def __len__(self):
+            return 9
+
+        def batches(self, size):
+            for k, event in enumerate(reading):
+                event.set()
+                yield noise_images(min(size, 9 - k * size))
+
+    class Pixels(PixelExtractor):
+        def __call__(self, images):
+            assert reading[min(len(used) + 1, 2)].wait(timeout=20)
+            used.append(len(images))
+            return super().__call__(images)
+
+    used: list[int] = []
+    assert extract(Pixels(), Images(), batch_size=4).count == 9
+    assert used == [4, 4, 1]
 
 
 def test_damage_raises_value_errors_only(tmp_path):

@@ -144,9 +144,12 @@ def kid_of_subsets(
         if len(images) < size:
             raise ValueError(f"{len(images)} {side}: KID of subsets needs at least {size}")
     draws = np.random.RandomState(seed)  # theirs, drawn in their order
+    x, y = (side.new_empty(size, side.shape[1]) for side in (samples, references))
     values = []
     for _ in range(subsets):
-        x, y = (side[torch.from_numpy(draws.choice(len(side), size, replace=False))] for side in (samples, references))
+        for side, chosen in ((samples, x), (references, y)):
+            numbers = torch.from_numpy(draws.choice(len(side), size, replace=False))
+            torch.index_select(side, 0, numbers.to(side.device), out=chosen)
         values.append(kid(x, y))
     return torch.cat(values)
 
@@ -197,7 +200,7 @@ def _kernel_mean(x: Tensor, weights: Tensor, block: int) -> Tensor:
     """The weighted mean (K,) of the kernel over pairs of different images."""
     total = weights.new_zeros(len(weights))
     for rows in _blocks(len(x), block):
-        kernel = _cubic(own_products(x[rows]), x.shape[1]).triu_(1)
+        kernel = _cubic(own_products(x[rows], rest=-x.shape[1]), x.shape[1])  # 0 in the rest
         total += ((weights[:, rows] @ kernel) * weights[:, rows]).sum(dim=1)
         rest = slice(rows.stop, None)
         total += _kernel_sum(x[rows], weights[:, rows], x[rest], weights[:, rest], block)

@@ -20,7 +20,7 @@ def add_products(sums: Tensor, rows: Tensor) -> None:
     float64. What stands below the diagonal may change.
     """
     if sums.device.type == "cpu":
-        _write(_library("blas").dsyrk, sums, rows, trans=False)
+        _write(_library("blas").dsyrk, sums, rows, trans=False, beta=1)
     else:
         _add_panels(sums, rows)
 
@@ -32,13 +32,14 @@ def pair_products(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy() @ y.numpy().T)
 
 
-def own_products(x: Tensor) -> Tensor:
-    """x·y of all pairs of rows of x (N, D), in the upper triangle of (N, N); below the diagonal are finite numbers."""
+def own_products(x: Tensor, rest: float) -> Tensor:
+    """x·y of each pair of different rows of x (N, D) once: above the diagonal of (N, N); `rest` in other places."""
     if not _in_blas(x):
-        return x @ x.T
-    blas, products = _library("blas"), x.new_zeros(len(x), len(x))
-    _write(blas.ssyrk if x.dtype == torch.float32 else blas.dsyrk, products, x.contiguous(), trans=True)
-    return products
+        below = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril_()
+        return (x @ x.T).masked_fill_(below, rest)
+    blas, products = _library("blas"), x.new_full((len(x), len(x)), rest)
+    _write(blas.ssyrk if x.dtype == torch.float32 else blas.dsyrk, products, x.contiguous(), trans=True, beta=0)
+    return products.fill_diagonal_(rest)
 
 
 def congruence(root: Tensor, matrix: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ def _add_panels(sums: Tensor, rows: Tensor) -> None:
         sums[top : top + PANEL, top:].addmm_(rows[:, top : top + PANEL].T, rows[:, top:])
 
 
-def _write(symmetric: Any, sums: Tensor, x: Tensor, trans: bool) -> None:
+def _write(symmetric: Any, sums: Tensor, x: Tensor, *, trans: bool, beta: int) -> None:
     c = sums.numpy().T
-    written = symmetric(1, x.numpy().T, beta=1, c=c, trans=trans, lower=True, overwrite_c=True)
+    written = symmetric(1, x.numpy().T, beta=beta, c=c, trans=trans, lower=True, overwrite_c=True)
     assert written is c  # else it was a copy
 
 

@@ -83,8 +83,9 @@ class GaussianStatistics:
         """The unbiased covariance (D, D), divided by count − 1; ValueError below two samples."""
         self._require(2)
         mean, count = self.mean(), self.sums[0, 0]
-        upper = self.sums[1:, 1:].addr(mean, mean * count, alpha=-1).triu_().div_(count - 1)
-        return upper + upper.triu(1).T
+        covariance = self.sums[1:, 1:].addr(mean, mean * count, alpha=-1).triu_().div_(count - 1)
+        covariance += covariance.triu(1).T
+        return covariance
 
     def gaussian(self) -> Gaussian:
         """Both moments; ValueError below two samples."""

@@ -156,9 +156,9 @@ class Draws:
         shape, numbers = networks.predictor.input_shape, range(len(classes))
         if options.interpolate is None:
             return cls(keyed_noise(seed, numbers, shape), classes, seed)
-        ends = [keyed_noise(end, numbers, shape) for end in options.interpolate]
+        first, second = (keyed_noise(end, numbers, shape) for end in options.interpolate)
         shares = [k / (options.frames - 1) for k in range(options.frames)]
-        noise = torch.stack([between(*ends, share) for share in shares], 1).flatten(0, 1)
+        noise = torch.stack([between(first, second, share) for share in shares], 1).flatten(0, 1)
         return cls(noise, [c for c in classes for _ in shares], seed)
 
     def first(self, count: int) -> Draws:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowturbo.data.loader import MICRO_BATCHES, Batch, micro_batch
 from flowturbo.system.distributed import World
 from flowturbo.training.options import Optimisation
-from flowturbo.training.reduction import summed_backward
+from flowturbo.training.reduction import GradientBuckets
 from flowturbo.weights.checkpoint import is_plain, load_checkpoint, load_weights, save_checkpoint, weights_of
 
 
@@ -27,6 +27,7 @@ class State:
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    buckets: GradientBuckets
     failed: Tensor  # 1.0, on the device, once a loss or gradient was not finite: AdamW then changes nothing any more
     step: int = 0
 
@@ -40,6 +41,7 @@ class State:
             deepcopy(model).requires_grad_(False).eval(),
             torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused),
             torch.amp.GradScaler(device.type, enabled=fp16),
+            GradientBuckets(trained),
             torch.zeros((), device=device),
         )
 
@@ -152,7 +154,7 @@ def update(
     """One step on this rank's share of the global batch; the objective gives the loss of each sample (n,).
 
     The gradient is that of the mean over the global batch, however unequal the shares. It crosses ranks in fixed
-    buckets while the backward pass still runs, see `summed_backward`. With `exact` the bits do not even depend on the
+    buckets while the backward pass still runs, see `GradientBuckets`. With `exact` the bits do not even depend on the
     number of ranks: fixed micro-batches, whose gradients are added in a fixed order.
 
     Nothing here waits for the device, but in fp16. Where loss or gradient is not finite, the device itself skips this
@@ -176,7 +178,7 @@ def update(
         loss = loss_of(last)
         figures = torch.stack([losses + loss.detach(), losses.new_full((), float(stop))])
         wait = ranks.begin_sum(figures)
-        summed_backward(state.scaler.scale(loss), parameters, ranks)
+        state.buckets.backward(state.scaler.scale(loss), ranks)
         wait()
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, optimisation.clip_grad or math.inf)

@@ -10,7 +10,7 @@ from flowturbo.data.loader import Batch
 from flowturbo.system.distributed import World
 from flowturbo.training import reduction
 from flowturbo.training.options import Optimisation
-from flowturbo.training.reduction import buckets_of, summed_backward
+from flowturbo.training.reduction import GradientBuckets
 from flowturbo.training.step import State, update
 
 SETTINGS = {"global_batch_size": 13, "lr": 0.05, "steps": 9, "clip_grad": 1.0}
@@ -45,50 +45,60 @@ class Recorder:
         self.sent.append((value.numel(), there))
         return lambda: value.mul_(2)
 
+    def agree(self, function):
+        return function()
+
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     monkeypatch.setattr(reduction, "BUCKET_BYTES", 900)
 
 
-def test_buckets_are_a_function_of_the_parameters_and_filled_from_the_last():
-    net = Net()
-    parameters = list(net.parameters())
-    buckets = buckets_of(parameters, 900)
-    assert [p for bucket in buckets for p in bucket] == parameters[::-1]
-    assert [sum(4 * p.numel() for p in bucket) for bucket in buckets] == [4 * (2 + 80 + 3 + 120 + 40), 6400, 4 * 240]
-    assert buckets_of(parameters, 1) == [[p] for p in parameters[::-1]]
-    net.b.to(torch.float64)
-    for bucket in buckets_of(parameters, 10**9):
-        assert len({p.dtype for p in bucket}) == 1
+def names_of(net):
+    return {parameter: name for name, parameter in net.named_parameters()}
 
 
-def test_buckets_are_sent_in_order_while_gradients_are_missing():
+def test_the_layout_follows_the_order_in_which_gradients_arrive():
+    """What no loss depends on comes last; a bucket ends where it is full, or at another data type."""
     net = Net()
-    parameters = list(net.parameters())
+    buckets, ranks = GradientBuckets(list(net.parameters())), Recorder(net)
+    for _ in range(2):
+        buckets.backward(net(torch.ones(2, 5)).square().sum(), ranks)
+        net.zero_grad()
+    names = names_of(net)
+    order = [names[p] for bucket in buckets._buckets for p in bucket]
+    assert order[:2] == ["c.bias", "c.weight"]
+    assert order[-2:] == ["unused.weight", "unused.bias"]
+    assert sorted(order) == sorted(names.values())
+    assert [len(bucket) for bucket in buckets._buckets] == [4, 2, 2]
+    assert [size for size, _ in ranks.sent] == [82 + 1640, 240, 123] * 2
+
+
+def test_buckets_are_sent_while_other_gradients_are_missing():
+    net = Net()
     net(torch.ones(2, 5)).square().sum().backward()
-    plain = [p.grad if p.grad is None else p.grad.clone() for p in parameters]
-    net.zero_grad()
-    ranks = Recorder(net)
-    summed_backward(net(torch.ones(2, 5)).square().sum(), parameters, ranks)
-    assert [size for size, _ in ranks.sent] == [245, 1600, 240]
-    for p, expected in zip(parameters, plain):
-        assert torch.equal(p.grad, torch.zeros_like(p) if expected is None else 2 * expected)
-    net.zero_grad()
-    ranks, used = Recorder(net), [p for name, p in net.named_parameters() if "unused" not in name]
-    summed_backward(net(torch.ones(2, 5)).square().sum(), used, ranks)
-    assert [size for size, _ in ranks.sent] == [82 + 40 + 1600, 240]
-    assert not any(name.startswith("a.") for name in ranks.sent[0][1])  # the first is on its way before they are known
+    plain = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    buckets = GradientBuckets(list(net.parameters()))
+    for first in (True, False):
+        net.zero_grad()
+        ranks = Recorder(net)
+        buckets.backward(net(torch.ones(2, 5)).square().sum(), ranks)
+        assert any(name.startswith("a.") for name in ranks.sent[0][1]) == first
+        for name, p in net.named_parameters():
+            assert torch.equal(p.grad, torch.zeros_like(p) if plain[name] is None else 2 * plain[name])
 
 
 def test_gradients_are_views_of_what_was_sent_and_no_hook_is_left():
     net = Net()
     parameters = list(net.parameters())
-    summed_backward(net(torch.ones(2, 5)).square().sum(), parameters, Recorder(net))
-    storages = [p.grad.untyped_storage() for p in parameters]
-    assert len({each.data_ptr() for each in storages}) == len(buckets_of(parameters, 900)) == 3
-    assert sum({each.data_ptr(): each.nbytes() for each in storages}.values()) == 4 * sum(p.numel() for p in parameters)
-    assert not any(p._post_accumulate_grad_hooks for p in parameters)
+    buckets = GradientBuckets(parameters)
+    for _ in range(2):
+        net.zero_grad()
+        buckets.backward(net(torch.ones(2, 5)).square().sum(), Recorder(net))
+        storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in parameters}
+        assert len(storages) == 3
+        assert sum(storages.values()) == 4 * sum(p.numel() for p in parameters)
+        assert not any(p._post_accumulate_grad_hooks for p in parameters)
 
 
 def run_steps(ranks, state, steps, accumulate=1):
@@ -133,7 +143,8 @@ def test_a_resumed_run_ends_with_the_same_bits(forked, tmp_path, size, accumulat
 def test_two_ranks_add_as_one_flat_sum_does(forked, monkeypatch, accumulate):
     """To the bit, at 2 ranks; and as one rank up to the order of additions."""
 
-    def flat(loss, parameters, ranks):
+    def flat(buckets, loss, ranks):
+        parameters = buckets.parameters
         loss.backward()
         total = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
         ranks.sum(total)
@@ -143,9 +154,10 @@ def test_two_ranks_add_as_one_flat_sum_does(forked, monkeypatch, accumulate):
     def main(ranks):
         state, other = fresh(), fresh()
         run_steps(ranks, state, 4, accumulate)
-        monkeypatch.setattr("flowturbo.training.step.summed_backward", flat)
+        monkeypatch.setattr(GradientBuckets, "backward", flat)
         run_steps(ranks, other, 4, accumulate)
         assert digest(state) == digest(other)
+        monkeypatch.undo()
         alone = fresh()
         run_steps(World(0, 0, 1, torch.device("cpu")), alone, 4)
         for ours, theirs in zip(state.model.parameters(), alone.model.parameters()):

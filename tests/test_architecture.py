@@ -37,6 +37,7 @@ TORCH_FREE = (  # so that a command line is parsed before torch is imported
         "data.options",
         "sampling.options",
         "sampling.edit_options",
+        "sampling.picture_options",
         "sampling.solvers",
         "training.options",
     ),

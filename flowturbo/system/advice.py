@@ -39,6 +39,8 @@ def _get_weights(error: Any) -> str:
         ways.append("pass a local path with " + " and ".join(map(flag_of, error.fields)))
     elif error.assets:
         ways.append("pass a local path with " + " and ".join(TAKES[asset] for asset in error.assets))
+    if error.assets and "predictor_ckpt" in error.fields:
+        ways.append("take --model colour, which comes with the package")
     return ", or ".join(ways)
 
 

@@ -7,7 +7,7 @@ from flowturbo.web.options import PageOptions
 from flowturbo.web.studio import Studio
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def studio(pixel_models):
     """Of tiny networks with random weights: RGB images of 8x8 in 10 classes."""
     _, predictor, _, refiner, *_ = pixel_models

@@ -63,9 +63,9 @@ def test_other_networks_come_with_their_own_defaults(opened):
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(taken):
-    with pytest.raises(OSError, match=f"cannot serve at 127.0.0.1, port {taken}: Address already in use"):
+    with pytest.raises(OSError, match=rf"cannot serve at 127\.0\.0\.1, port {taken}: Address already in use"):
         launch.main(["--port", str(taken)])
-    with pytest.raises(OSError, match="cannot serve at no-such-host.invalid, port 7860: "):
+    with pytest.raises(OSError, match=r"cannot serve at no-such-host\.invalid, port 7860: "):
         launch.check_free("no-such-host.invalid", 7860)
 
 
@@ -92,7 +92,10 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     with pytest.raises(launch.GradioMissing) as found:
         launch.main([])
     said = str(found.value) + advice_for(found.value)
-    assert said == 'the page needs gradio, which is not installed; install it with `pip install "flowturbo[web]"`'
+    assert said == (
+        "the page needs gradio, which is not installed; the extra web brings it: "
+        '`pip install ".[web]"` in the repository, or `pip install gradio`'
+    )
 
 
 @pytest.mark.parametrize(

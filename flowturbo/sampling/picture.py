@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,7 @@ from flowturbo.sampling.picture_options import PictureOptions
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 COLUMNS = 8
+GREY = 128  # of images that are not sampled yet
 LEAST_SIDE = 128  # pixels of an image in the picture: smaller ones are enlarged
 
 
@@ -114,6 +115,25 @@ def make_picture(
 
     Raises ValueError for classes that the model has not, and as ImageSampler; with `steps` for samplers without any.
     """
+    for picture in follow_picture(
+        networks, options, sampling, compile=compile, steps=steps, say=say, progress=progress
+    ):
+        made = picture
+    return made
+
+
+def follow_picture(
+    networks: Networks,
+    options: PictureOptions,
+    sampling: SamplingOptions = SamplingOptions(),
+    *,
+    compile: bool = False,
+    steps: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    progress: bool = False,
+) -> Iterator[Picture]:
+    """As make_picture, but yields the picture so far after each batch of each row, with `steps` after each step; the
+    last is whole."""
     classes = pick_classes(networks, options)
     settings = sampling.settings(networks.path_type, networks.refiner_step)
     # All are built first: a mistake in the last shows before the first is sampled.
@@ -121,15 +141,17 @@ def make_picture(
     draws = Draws.of(networks, options, classes, sampling.seed)
     if len(samplers) > 1:  # so that no row's time contains the device's start-up or a compilation
         for sampler in samplers if compile else samplers[:1]:
-            sample_row(sampler, draws.first(options.batch_size), options.batch_size, progress=progress)
-    rows = []
+            sample_row(sampler, draws.first(options.batch_size), options.batch_size, progress)
+    count, names = networks.predictor.num_classes, networks.class_names
+    labels = [class_label(c, count, names) for c in draws.classes]
+    rows: list[Row] = []
     for sampler in samplers:
-        rows.append(sample_row(sampler, draws, options.batch_size, steps, progress))
+        for row in follow_row(sampler, draws, options.batch_size, steps, progress):
+            yield Picture(options, [*rows, row], labels, names is not None)
+        rows.append(row)
         including = ["compilation"] if compile and len(samplers) == 1 else []
         including += ["what its steps foretell"] if steps else []
-        say(rows[-1].caption() + (f", {' and '.join(including)} included" if including else ""))
-    count, names = networks.predictor.num_classes, networks.class_names
-    return Picture(options, rows, [class_label(c, count, names) for c in draws.classes], names is not None)
+        say(row.caption() + (f", {' and '.join(including)} included" if including else ""))
 
 
 def pick_classes(networks: Networks, options: PictureOptions) -> list[int]:
@@ -166,11 +188,23 @@ class Draws:
         return Draws(self.noise[:count], self.classes[:count], self.seed)
 
 
-def sample_row(
+def sample_row(sampler: ImageSampler, draws: Draws, batch_size: int, progress: bool = False) -> Row:
+    """Sample all images, in batches."""
+    for row in follow_row(sampler, draws, batch_size, progress=progress):
+        made = row
+    return made
+
+
+def follow_row(
     sampler: ImageSampler, draws: Draws, batch_size: int, steps: bool = False, progress: bool = False
-) -> Row:
-    """Sample all images, in batches, with a progress bar that counts evaluations."""
-    images: list[Tensor] = []
+) -> Iterator[Row]:
+    """Sample all images, in batches, with a progress bar that counts evaluations.
+
+    Yields the row so far after each batch, with `steps` after each step, grey where nothing is sampled yet; the last is
+    whole.
+    """
+    name = f"{sampler} compiled" if isinstance(getattr(sampler.sampler, "engine", None), StaticGraphs) else str(sampler)
+    images: Tensor | None = None
     kept: list[list[Tensor]] = []
     seconds = 0.0
     starts = range(0, len(draws.classes), batch_size)
@@ -185,26 +219,34 @@ def sample_row(
         for k, start in enumerate(starts):
             numbers = range(start, min(start + batch_size, len(draws.classes)))
             batch = draws.noise[start : numbers.stop], draws.classes[start : numbers.stop]
+            kept.append([])
+            states = sampler.steps(*batch, numbers) if steps else _end(sampler, *batch, draws.seed, numbers)
             begin = time.perf_counter()
-            if steps:
-                kept.append([state.cpu() for state in sampler.steps(*batch, numbers)])
-                images.append(kept[-1][-1])
-            else:
-                images.append(sampler.from_noise(*batch, draws.seed, numbers).cpu())
-            seconds += time.perf_counter() - begin
+            for state in states:
+                made = state.cpu()
+                seconds += time.perf_counter() - begin
+                if images is None:
+                    images = made.new_full((len(draws.classes), *made.shape[1:]), GREY)
+                images[start : numbers.stop] = made
+                if steps:
+                    kept[-1].append(made)
+                counted = of_predictor.count // (k + 1), of_refiner.count // (k + 1)
+                yield Row(
+                    name,
+                    images.clone(),
+                    sampler.evaluations or counted,
+                    sum(sampler.rows) if sampler.rows else None,
+                    str(sampler.guidance),
+                    seconds,
+                    [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*kept)],
+                )
+                begin = time.perf_counter()  # not what is done with the row
             if planned:
                 bar.update(planned * (k + 1) - bar.n)  # a static graph does not call the counters
-    counted = of_predictor.count // len(starts), of_refiner.count // len(starts)
-    name = f"{sampler} compiled" if isinstance(getattr(sampler.sampler, "engine", None), StaticGraphs) else str(sampler)
-    return Row(
-        name,
-        torch.cat(images),
-        sampler.evaluations or counted,
-        sum(sampler.rows) if sampler.rows else None,
-        str(sampler.guidance),
-        seconds,
-        [torch.cat(states) for states in zip(*kept, strict=True)],
-    )
+
+
+def _end(sampler: ImageSampler, z: Tensor, classes: list[int], seed: int, numbers: range) -> Iterator[Tensor]:
+    yield sampler.from_noise(z, classes, seed, numbers)
 
 
 def arrange(images: Tensor, labels: Sequence[str], grouped: bool) -> tuple[list[Tensor], list[list[str]]]:

@@ -88,9 +88,11 @@ ADVICE: dict[str, str | Callable[[Any], str]] = {
     "UploadFailed": "it needs a token that may write there (`hf auth login`, or HF_TOKEN)",
     "NotFinite": "take --precision fp32; where it was, the weights are none to sample from",
     "OutOfRange": "take --dtype bf16 or fp32",
+    "GradioMissing": 'the extra web brings it: `pip install ".[web]"` in the repository, or `pip install gradio`',
     "CannotCompile": "go on without --compile",
     "MissingExtractorWeights": _get_extractor_weights,
     "OtherLatents": "make latents for these settings with `python cache_latents.py SRC DST`, in another folder",
+    "MissingReader": "install it with `pip install 'flowturbo[shards]'`",
     "UnevenImages": "--image-size N crops them",
     "UnfinishedLatents": "run `python cache_latents.py SRC DST` again",
     "UnknownClasses": (

@@ -1,6 +1,6 @@
 """A velocity refiner for your own flow model: trained where its trajectories end, without any images.
 
-Put your network in the place of `velocity`. Everything else is FlowTurbo's endpoint recipe (docs/refiners.md) in its shortest
+Put your network in the place of `velocity`. The rest is the recipe `endpoint` (docs/refiners.md) in its shortest
 form: the blocks before R are computed once, and the refiner learns to end where a finer solution ends. With
 the digits model of the package it takes about a minute on one CPU core:
 

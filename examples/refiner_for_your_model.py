@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"{'schedule':<10}{'evaluations':>12}  end-point RMSE, {HELD_OUT} noises that were not trained on")
     blocks = SCHEDULE.blocks
-    for schedule in (SCHEDULE.prefix, blocks.replace("R", "L"), blocks.replace("R", "P"), SCHEDULE):
-        compared = FlowTurbo(velocity, refiner, schedule, 1.0, FORM)
+    for schedule in (SCHEDULE.prefix, blocks.replace("R", "L"), blocks.replace("R", "P"), blocks):
+        compared = FlowTurbo(velocity, refiner, Schedule(schedule), 1.0, FORM)
         made = compared.sample(noise[:HELD_OUT], labels[:HELD_OUT])
         errors = endpoint_loss(made, ends[:HELD_OUT])
         rmse, spread = errors.mean().sqrt(), errors.std() / HELD_OUT**0.5

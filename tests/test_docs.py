@@ -84,6 +84,7 @@ ELSEWHERE = {  # what runs the commands that the test below leaves alone, by how
     "make demo": "tests/test_demo.py",
     "make test": ".ci/run",
     "make check": ".ci/run",
+    "make docs": "tests/test_site.py",
     "python -m pytest": ".ci/run",
     "source .venv/bin/activate": "Makefile",
     "python web.py": "tests/web/test_launch.py",

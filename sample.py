@@ -21,6 +21,7 @@ from flowturbo.sampling.solvers import check_made_for, parse_sampler
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
+from flowturbo.system.values import rounded
 from flowturbo.transport.blocks import BLOCKS
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Row:
         count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
         rows = f", {sum(sampler.rows)} rows" if sampler.rows else ""
         ms = 1000 * self.seconds / len(self.images)
-        return f"{name}   {count} evaluations{rows}   {sampler.guidance}   {ms:.3g} ms/image"
+        return f"{name}   {count} evaluations{rows}   {sampler.guidance}   {rounded(ms)} ms/image"
 
 
 def sample_row(sampler: ImageSampler, seed: int, classes: Sequence[int], batch_size: int) -> Row:

@@ -66,6 +66,14 @@ class ClassNames:
         )
 
 
+def shown_names(names: ClassNames | None, num_classes: int) -> list[str]:
+    """What a person reads of each class: the model's own name, ImageNet's where they are its classes, or the index."""
+    own = names.names if names is not None else ("",) * num_classes
+    if num_classes == IMAGENET_CLASSES and (names is None or names.are_imagenets):
+        own = tuple(name.partition(",")[0] for _, name in _imagenet_classes())
+    return [name or str(index) for index, name in enumerate(own)]
+
+
 class Assignment(NamedTuple):
     """The class index of each class folder, in the order of the folders."""
 

@@ -34,10 +34,12 @@ class Estimate(NamedTuple):
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
     def __str__(self) -> str:
-        return f"{self:.4f}"
+        return format(self)
 
     def __format__(self, form: str) -> str:
-        return f"{self.value:{form}} ± {self.standard_error:{form}}"
+        """Both numbers in a format of floats, by default with four decimals; without an error that is not known."""
+        numbers = [number for number in self if not math.isnan(number)]
+        return " ± ".join(format(number, form or ".4f") for number in numbers)
 
 
 @dataclass(frozen=True)

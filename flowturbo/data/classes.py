@@ -66,14 +66,6 @@ class ClassNames:
         )
 
 
-def shown_names(names: ClassNames | None, num_classes: int) -> list[str]:
-    """What a person reads of each class: the model's own name, ImageNet's where they are its classes, or the index."""
-    own = names.names if names is not None else ("",) * num_classes
-    if num_classes == IMAGENET_CLASSES and (names is None or names.are_imagenets):
-        own = tuple(name.partition(",")[0] for _, name in _imagenet_classes())
-    return [name or str(index) for index, name in enumerate(own)]
-
-
 class Assignment(NamedTuple):
     """The class index of each class folder, in the order of the folders."""
 
@@ -111,6 +103,15 @@ def class_index(name: str, num_classes: int, names: ClassNames | None = None) ->
     near = list(dict.fromkeys(containing + get_close_matches(text.lower(), known, n=3, cutoff=0.5)))[:4]
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"{name!r} is no {kind} name or index{hint}")
+
+
+def class_label(index: int, num_classes: int, names: ClassNames | None = None) -> str:
+    """What stands under a picture: the model's own name of a class, else ImageNet's first one, else "class 3"."""
+    if names is not None and names.names[index]:
+        return names.names[index]
+    if names is None and num_classes == IMAGENET_CLASSES:
+        return _imagenet_classes()[index][1].split(", ")[0]
+    return f"class {index}"
 
 
 def assign_classes(
@@ -215,6 +216,7 @@ def imagenet_indices(name: str) -> list[int]:
     return names.get(text) or names.get(text.replace("_", " ")) or names.get(text.replace(" ", "_")) or []
 
 
+@lru_cache(maxsize=1)
 def _imagenet_classes() -> list[tuple[str, str]]:
     """(WordNet id, names) of each of the 1000 classes: timm's, from its files where they lie, since timm takes seconds
     to import."""

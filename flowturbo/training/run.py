@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from flowturbo.data.classes import ClassNames, shown_names
+from flowturbo.data.classes import ClassNames, class_label
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
 from flowturbo.data.parts import held_out_of
@@ -272,5 +272,4 @@ class Run(AnyRun):
         seen = [k for k, images in enumerate(own.counts) if images] if own is not None else []
         seen = seen or list(range(count))
         places = torch.linspace(0, len(seen) - 1, min(CLASSES, len(seen))).round().int().tolist()
-        names = shown_names(own, count)
-        return {seen[place]: names[seen[place]] for place in places}
+        return {seen[place]: class_label(seen[place], count, own) for place in places}

@@ -1,4 +1,4 @@
-"""Images with captions, and what training takes of them: latents and embeddings, encoded once and kept in a folder."""
+"""Images with captions, as they lie in folders."""
 
 from __future__ import annotations
 
@@ -8,28 +8,17 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from flowturbo.data.images import read_image
-from flowturbo.data.loader import Batch
-from flowturbo.data.pictures import from_uint8
-from flowturbo.data.randomness import Stream, keyed_generator
 from flowturbo.data.walk import walk
-from flowturbo.system.claims import check_same, read_record, write_record
-from flowturbo.text_to_image.pipelines import Encoded, encode_images, encode_prompts, fingerprint, image_channels
 
 EXPECTED = "expected images with NAME.txt beside each, metadata.jsonl (file_name, text), .tar shards, or .parquet files"
-LATENTS, RECORD, CAPTIONS = "latents.npy", "record.json", "captions.npy"
 
 
 class Captioned(NamedTuple):
@@ -142,110 +131,9 @@ def read_picture(item: Captioned, height: int, width: int, channels: int) -> np.
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-class Draws(NamedTuple):
-    """What a training sample is drawn, and its prompt: the null prompt's rows where it is dropped."""
-
-    noise: Tensor  # (N, C, h, w)
-    uniform: Tensor  # (N, 3) in [0, 1): for the time, Δ and the guidance embedding
-    states: Tensor  # (N, tokens, width)
-    summary: Tensor  # (N, ...): pooled embeddings or a mask; (N, 0) where the network takes none
-
-
-@dataclass(frozen=True)
-class CaptionSamples(Dataset):
-    """Batches by sample numbers; all that is random about number k depends on (seed, k) alone.
-
-    The arrays may lie on the disk. Row 0 of the embeddings is the null prompt's.
-    """
-
-    latents: np.ndarray  # (images, C, h, w)
-    captions: np.ndarray  # (images,): the row of its caption
-    embeddings: Sequence[np.ndarray]  # of each of the family's conditions
-    seed: int
-    dropout: float
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        images, rows, uniform, noise = [], [], [], []
-        for number in numbers:
-            epoch, position = divmod(number, len(self))
-            image = int(_order(self.seed, epoch, len(self))[position])
-            random = keyed_generator(self.seed, number, Stream.TRAINING)
-            *others, drop = random.random(4, dtype=np.float32)
-            uniform.append(others)
-            noise.append(random.standard_normal(self.latents.shape[1:], dtype=np.float32))
-            rows.append(0 if drop < self.dropout else int(self.captions[image]))
-            images.append(self.latents[image])
-        kept = [
-            torch.from_numpy(np.stack([array[row] for row in rows]).astype(np.float32)) for array in self.embeddings
-        ]
-        kept += [torch.empty(len(rows), 0)] * (2 - len(kept))
-        return Batch(
-            torch.from_numpy(np.stack(images).astype(np.float32)),
-            torch.tensor(rows),
-            torch.tensor(numbers),
-            Draws(torch.from_numpy(np.stack(noise)), torch.from_numpy(np.array(uniform, np.float32)), *kept),
-        )
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of the images in a pass over the data."""
-    return keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
-
-
 def identity(items: Sequence[Captioned]) -> str:
     """A sha256 over names and captions."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.name}\0{item.caption}\n".encode())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def encode_folder(pipe: Any, root: str, cache: Path, size: tuple[int, int], batch: int = 16) -> dict[str, Any]:
-    """Encode a folder's images and captions into `cache`, unless that was done; returns the record of it.
-
-    Raises OtherSettings where the cache is of other data or another pipeline, and ValueError as the readers do.
-    """
-    items = read_folder(root)
-    height, width = size
-    record = {"data": identity(items), "pipeline": fingerprint(pipe), "height": height, "width": width}
-    if (before := read_record(cache / RECORD)) is not None:
-        check_same(f"cache {str(cache)!r}", before, record)
-        return record
-    cache.mkdir(parents=True, exist_ok=True)
-    prompts = ["", *sorted({item.caption for item in items})]
-    rows = {prompt: row for row, prompt in enumerate(prompts)}
-    np.save(cache / CAPTIONS, np.array([rows[item.caption] for item in items]))
-    _write_rows(cache, lambda part: encode_prompts(pipe, prompts[part.start : part.stop]), len(prompts), batch)
-
-    def latents(part: range) -> Encoded:
-        pixels = [read_picture(items[i], height, width, image_channels(pipe)) for i in part]
-        return {"latents": encode_images(pipe, from_uint8(torch.from_numpy(np.stack(pixels))))}
-
-    _write_rows(cache, latents, len(items), batch)
-    write_record(cache / RECORD, record)  # last: without it nothing here counts
-    return record
-
-
-def _write_rows(cache: Path, encode: Callable[[range], Encoded], count: int, batch: int) -> None:
-    """Write what `encode` makes of 0 to count - 1, a part at a time, as NAME.npy in half precision."""
-    arrays: dict[str, np.ndarray] = {}
-    for start in tqdm(range(0, count, batch), desc="encoding", unit="batch", disable=None):
-        part = range(start, min(start + batch, count))
-        for name, value in encode(part).items():
-            if name not in arrays:
-                shape = (count, *value.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(cache / f"{name}.npy", "w+", np.float16, shape)
-            arrays[name][part.start : part.stop] = value.float().cpu().numpy()
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
-
-
-def open_samples(cache: Path, conditions: Sequence[str], seed: int, dropout: float) -> CaptionSamples:
-    """The samples of a cache."""
-    arrays = [np.load(cache / f"{name}.npy", mmap_mode="r") for name in conditions]
-    return CaptionSamples(np.load(cache / LATENTS, mmap_mode="r"), np.load(cache / CAPTIONS), arrays, seed, dropout)

@@ -84,7 +84,9 @@ def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajector
     check_guidance(frozen.teacher, options.guidance.guidance)
     settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
     count, seed = settings.pop("trajectories"), options.optimisation.seed
-    data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    shape, classes = frozen.teacher.input_shape, frozen.teacher.num_classes
+    data = Trajectories(shape, classes, settings, seed, count, frozen.teacher_file)
+    data.image_size *= frozen.autoencoder.factor
     if options.data.data_path is not None:
         data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
     return data

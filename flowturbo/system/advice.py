@@ -89,6 +89,7 @@ ADVICE: dict[str, str | Callable[[Any], str]] = {
     "CannotCompile": "go on without --compile",
     "MissingExtractorWeights": _get_extractor_weights,
     "OtherLatents": "make latents for these settings with `python cache_latents.py SRC DST`, in another folder",
+    "MissingReader": "install it with `pip install 'flowturbo[shards]'`",
     "UnevenImages": "--image-size N crops them",
     "UnfinishedLatents": "run `python cache_latents.py SRC DST` again",
     "UnknownClasses": (

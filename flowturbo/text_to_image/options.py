@@ -116,6 +116,13 @@ class MeasureOptions(Group):
 
 
 @dataclass(frozen=True)
+class CompilationOptions(Group):
+    """What a benchmark compiles."""
+
+    compiled: bool = option(True, "measure all rows with the network compiled too")
+
+
+@dataclass(frozen=True)
 class WhatOptions(Group):
     """What is trained, for which pipeline."""
 

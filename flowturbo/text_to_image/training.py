@@ -89,7 +89,7 @@ class Work(NamedTuple):
     samples: Any
     objective: CaptionLoss | PromptEndpoint
     data: dict[str, Any]  # what is recorded of it
-    count: int
+    images: int  # or trajectories: what an epoch is
     shown: str
 
 
@@ -191,7 +191,7 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         if options.hardware.compile:
             for each in {network, teacher}:
                 each.compile()
-        with begin(options, ranks, network, work.data, work.count) as run:
+        with begin(options, ranks, network, work.data, work.images) as run:
             count = sum(p.numel() for p in network.parameters())
             said = f"{options.what.target}: {count:,} parameters, {work.shown}"
             loader = run.loader_of(work.samples, options.data.num_workers)

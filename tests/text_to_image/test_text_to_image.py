@@ -154,7 +154,8 @@ def test_ranks_change_no_byte_of_a_set(pipeline, tmp_path, python):
     for ranks in (0, 2):
         ended = python(
             "sample_ddp_feature.py", "--pipeline", pipeline, "--prompts", captions, "--schedule", "A2",
-            "--device", "cpu", "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--height", 8, "--width", 8, "--guidance-scale", 2,
+            "--device", "cpu", "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--height", 8, "--width", 8,
+            "--guidance-scale", 2,
             "--sample-dir", tmp_path, "--tag", f"ranks{ranks}", ranks=ranks,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr

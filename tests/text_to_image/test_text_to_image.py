@@ -211,6 +211,13 @@ def test_benchmark_compiles(pipeline, tmp_path, capsys):
         (["sample", "--pipeline", "nowhere-at-all", "a"], "nowhere-at-all"),
         (["sample", "--pipeline", "PIPELINE"], "no prompts"),
         (["train", "--pipeline", "PIPELINE", "--data-path", "x", "--sample-every", "5"], "expected sample_every 0"),
+        (["train", "--pipeline", "PIPELINE"], "recipe paper needs data_path"),
+        (["train", "--pipeline", "PIPELINE", "--recipe", "endpoint"], "recipe endpoint needs prompts"),
+        (["train", "--pipeline", "PIPELINE", "--recipe", "endpoint", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (
+            ["train", "--pipeline", "PIPELINE", "--recipe", "endpoint", "--prompts", "x", "--schedule", "A4"],
+            "expected R, and after the first R or L alone, got A4",
+        ),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "Q3"], "cannot read schedule 'Q3'"),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "H1P1R1"], "they need a refiner"),
         (["sample", "--pipeline", "PIPELINE", "a", "--device", "cpu", "--offload", "model"], "this device is cpu"),

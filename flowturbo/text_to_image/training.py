@@ -129,7 +129,8 @@ def on_prompts(options: TextTrainingOptions, what: Trained, ranks: World) -> Wor
     texts = read_lines(source.prompts) if source.prompts else _captions(str(source.data_path))
     if not texts:
         raise ValueError(f"{source.prompts!r} holds no prompts: expected one a line")
-    data = ranks.agree(lambda: encode_texts(what.pipe, texts, source.cache_folder))
+    folder = source.cache_folder / "prompts"
+    data = ranks.agree(lambda: encode_texts(what.pipe, texts, folder))
     schedule = Schedule.parse(recipe.schedule)
     shift = recipe.shift or shift_of(what.pipe, source.size, sum(schedule.evaluations(recipe.refiner_step)))
     on_grid = [
@@ -137,7 +138,7 @@ def on_prompts(options: TextTrainingOptions, what: Trained, ranks: World) -> Wor
         for each in (schedule, Schedule.parse(recipe.reference))
     ]
     given = Conditioning(
-        Prompts.open(source.cache_folder, list(family_of(what.network).conditions)),
+        Prompts.open(folder, list(family_of(what.network).conditions)),
         guidance_of(what.pipe) if recipe.guidance_scale is None else recipe.guidance_scale,
         bool(what.network.config.get("guidance_embeds")),
         what.dtype,

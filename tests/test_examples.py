@@ -49,6 +49,7 @@ def test_python_of_the_pages_runs_as_it_stands(page, tmp_path, monkeypatch):
     assert page == "docs/colour-model.md" or list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_refiner_for_another_model(tmp_path, monkeypatch, capsys):
     """As the example, with less of everything: it beats the blocks before R, and is saved."""
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ Usage:
   python benchmark.py --json bench.json --plot bench.png
   python benchmark.py --ablate --batch-sizes 2 # one optimisation at a time, and what compiling takes
   python benchmark.py --train                  # steps of refiner training, and where their time goes
+  python benchmark.py --train --ranks 2        # steps of predictor training, beside DistributedDataParallel
   python benchmark.py --startup                # how long --help and imports take
   python benchmark.py --quality --cfg-scale 1  # samplers of a trained model at equal evaluations, with their errors
 
@@ -81,7 +82,11 @@ def device_figures(options: BenchmarkOptions) -> dict[str, Any]:
     for line in (*describe(plan.device), str(plan)):
         print(line)
     print(f"roofline: {best.matmul / 1e12:.3g} TFLOP/s in matrix products, {best.copy / 1e9:.3g} GB/s in copies\n")
-    if options.train:
+    if options.train and options.ranks > 1:
+        from benchmarks import reduction
+
+        rows = [asdict(row) for row in reduction.measure(plan, options.ranks, options.threads)]
+    elif options.train:
         from benchmarks import training
 
         rows = [asdict(row) for row in training.measure(plan)]

@@ -52,7 +52,7 @@ class FileOptions:
         None, "one captioned row for each of these, in one picture", metavar="SCHEDULE"
     )
     steps_picture: str | None = option(
-        None, "also the states after each step, as a filmstrip (.png) or moving (.gif)", metavar="FILE"
+        None, "also the states after each step, as a filmstrip (.png) or moving (.gif, .mp4)", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class FileOptions:
             raise ValueError("mask, compare and steps_picture are for edits, not for inversion")
         if self.invert and (self.noise or not self.out):
             raise ValueError("invert needs image and out, where the noise goes")
-        kinds = {"out": (".pt",) if self.invert else (".png",), "steps_picture": (".png", ".gif")}
+        kinds = {"out": (".pt",) if self.invert else (".png",), "steps_picture": (".png", ".gif", ".mp4")}
         for name, endings in kinds.items():
             value = getattr(self, name)
             if value and Path(value).suffix.lower() not in endings:
@@ -78,9 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (out, files.steps_picture)):
         check_writable(path)
 
+    from flowturbo.data.moving import check_moving
     from flowturbo.sampling.editing import Editor
     from flowturbo.sampling.generate import find_files, load_networks
 
+    if files.steps_picture:
+        check_moving(files.steps_picture)
     given = read_inputs(files)  # a mistake in them shows before the networks are loaded
     found = find_files(network_options, any(each.sampler.needs_refiner for each in variants))
     for each in variants:
@@ -217,14 +220,10 @@ def save_comparison(out: Path, made: Sequence[Edited], captions: Sequence[str]) 
 
 def save_steps(out: Path, strips: Sequence[Tensor], captions: Sequence[str]) -> None:
     """The trajectories of the first results, each (steps + 1, C, H, W): a row for each, or moving pictures."""
-    from flowturbo.data.pictures import grid, save_gif, save_png
+    from flowturbo.data.moving import save_moving
+    from flowturbo.data.pictures import grid
 
-    if out.suffix.lower() == ".png":
-        save_png(out, grid(strips, captions))
-    else:
-        longest = max(map(len, strips))
-        frames = [grid([strip[min(k, len(strip) - 1)][None] for strip in strips], captions) for k in range(longest)]
-        save_gif(out, frames)
+    save_moving(out, [strip.split(1) for strip in strips], lambda states: grid(states, captions), captions)
     print(f"saved {out}")
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from flowturbo.data.classes import read_class_map
-from flowturbo.data.folders import ClassFolder, Subset, TrainingData
+from flowturbo.data.folders import Subset, TrainingData
+from flowturbo.data.labelled import LabelledImages
 from flowturbo.data.latents import LatentFolder, is_latent_folder
+from flowturbo.data.packed import open_images
 from flowturbo.data.pictures import save_png
 from flowturbo.data.report import SHOWN, check_data, contact_sheet
 from flowturbo.models import SiT
@@ -74,7 +76,7 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     else:
         if isinstance(autoencoder, Autoencoder):
             channels = 3
-        data = ClassFolder(given.data_path, size or 256, channels, num_classes, class_map, given.background)
+        data = open_images(given.data_path, size or 256, channels, num_classes, class_map, given.background)
     return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
 
 
@@ -97,10 +99,10 @@ def described(data: TrainingData) -> str:
     return f"{len(data):,} images in {len(data.classes)} classes"
 
 
-def images_of(data: TrainingData) -> ClassFolder | None:
-    """The folder of images behind data; None for cached latents."""
+def images_of(data: TrainingData) -> LabelledImages | None:
+    """The images behind data; None for cached latents."""
     whole = data.data if isinstance(data, Subset) else data
-    return whole if isinstance(whole, ClassFolder) else None
+    return whole if isinstance(whole, LabelledImages) else None
 
 
 def look_at(data: TrainingData) -> list[str]:
@@ -121,7 +123,7 @@ def report_on(options: TrainingOptions) -> None:
         raise ValueError("there is no data_path to check")
     class_map = read_class_map(given.class_map) if given.class_map else None
     size, channels = given.image_size or 256, predictor.channels
-    data = ClassFolder(given.data_path, size, channels, predictor.num_classes, class_map, given.background)
+    data = open_images(given.data_path, size, channels, predictor.num_classes, class_map, given.background)
     report = check_data(data, thorough=True)
     print("\n".join([*report.lines(data), *report.unreadable[:SHOWN]]))
     report.refuse()

@@ -16,15 +16,14 @@ from flowturbo.data.identity import (
     ORDER,
     Fingerprint,
     Identity,
+    fingerprint_files,
     fingerprint_labels,
-    fingerprint_pieces,
     fingerprint_sizes,
     sizes_of,
 )
 from flowturbo.data.labelled import LabelledImages
 from flowturbo.data.randomness import Stream, keyed_generator
 from flowturbo.data.walk import HIDDEN, SYSTEM, walk
-from flowturbo.system.files import sha256
 
 OUTSIDE_CLASSES = "images outside class folders"  # a kind of entries that are passed over
 
@@ -117,7 +116,7 @@ class ClassFolder(LabelledImages):
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        return fingerprint_pieces(list(zip(self.files, self._sizes)), lambda k: sha256(self.path(k)))
+        return fingerprint_files(self.root, self.files, self._sizes)
 
     @cached_property
     def _files_of_0_1(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flowturbo.data.images import DEPTH, ORIENTATION, TRANSPARENCY, check_file, in_threads
+from flowturbo.system.files import sha256
 from flowturbo.system.values import shown
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ def fingerprint_pieces(
     digests = in_threads(digest, chosen)
     content = (f"{i} {digest}\n".encode() for i, digest in sorted(zip(chosen, digests)))
     return Fingerprint(hashlib.sha256(b"".join([*lines, *content])).hexdigest(), covers)
+
+
+def fingerprint_files(root: str, files: Sequence[str], sizes: Sequence[int]) -> Fingerprint:
+    """That of files, given relative to a folder."""
+    return fingerprint_pieces(list(zip(files, sizes)), lambda i: sha256(os.path.join(root, files[i])))
 
 
 def fingerprint_sizes(files: Sequence[str], sizes: Sequence[int]) -> str:

@@ -147,6 +147,19 @@ def test_a_folder_is_read_as_for_training(tmp_path, class_folder):
         assert evaluated.applied == trained.applied.counts
 
 
+def test_packed_images_are_those_of_a_folder(tmp_path, class_folder):
+    root = class_folder(tmp_path / "d", images=2)
+    shutil.make_archive(tmp_path / "x", "zip", root)
+    shutil.make_archive(tmp_path / "x", "tar", root)
+    folder = ImageFolder(root)
+    for suffix in ("zip", "tar"):
+        packed = Side.open(str(tmp_path / f"x.{suffix}")).images
+        assert isinstance(packed, ImageFolder)
+        assert sorted(packed.files) == [os.path.relpath(file, root) for file in folder.files]
+        order = np.argsort(packed.files)
+        assert np.array_equal(all_of(packed, 3)[order], all_of(folder))
+
+
 def test_a_folder_of_a_link_to_images_is_those_images(tmp_path):
     """A link to the reference set once gave an FID of 107 of that set with itself."""
     (tmp_path / "pets" / "cat").mkdir(parents=True)

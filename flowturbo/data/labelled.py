@@ -74,6 +74,10 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, index: int) -> str:
+        """What tells an image from the others, wherever the data lie."""
+        return self.files[index]
+
     def path(self, index: int) -> str:
         """Where image number `index` lies."""
         raise NotImplementedError

@@ -10,11 +10,12 @@ import torch
 from test_loader import draw, same
 
 from flowturbo.data import identity
-from flowturbo.data.folders import ClassFolder, Subset, class_names
+from flowturbo.data.folders import ClassFolder, class_names
 from flowturbo.data.identity import data_changes
 from flowturbo.data.latents import LatentFolder
 from flowturbo.data.loader import TrainingSamples, training_loader
 from flowturbo.data.packed import PackedImages, open_images
+from flowturbo.data.parts import Subset
 from flowturbo.data.report import check_data, contact_sheet
 from flowturbo.system.distributed import World
 

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -10,6 +11,7 @@ from flowturbo.data.folders import ClassFolder
 from flowturbo.data.images import ORIENTATION, TRANSPARENCY
 from flowturbo.data.walk import HIDDEN, OTHER
 from flowturbo.evaluation import Archive, ImageArchive, ImageFolder, sources
+from flowturbo.evaluation.sides import Side
 from flowturbo.evaluation.sources import UnevenImages
 
 

@@ -17,13 +17,13 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from flowturbo.data.archives import DEFLATE_LIMIT
 from flowturbo.data.images import MAX_PIXELS, ImageReading, Source, in_threads, read_image
 from flowturbo.data.options import parse_background
 from flowturbo.data.shards import open_shards
 from flowturbo.data.walk import walk
 from flowturbo.system.values import plain
 
-DEFLATE_LIMIT = 1032  # deflate cannot shrink data further, so an announced size beyond it is a lie
 PACKED_LIMIT, FREE = 100, 1 << 28  # images shrink less; up to so many bytes anything may
 
 

@@ -20,6 +20,7 @@ LABELS = ("random", "balanced")
 SOURCES = """\
   an ADM .npz      arr_0 (uint8, N×H×W×3); stored mu and sigma are used where the extractor is inception
   a folder         of images, also in subfolders, in the order of their paths
+  packed images    a zip, tar or parquet file, a folder of such, or a pattern with *
   a feature file   made by `python evaluator.py stats`, or by sample_ddp_feature.py --features
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._inductor.utils
@@ -110,7 +111,7 @@ def measure_group(
         if decode:
             parts[variant, "decode"] = decoding(networks, variant, z)
             parts[variant, "decode"]()
-    rounds = {"repeats": plan.repeats, "warm_up": plan.warm_up}
+    rounds: dict[str, Any] = {"repeats": plan.repeats, "warm_up": plan.warm_up}
     timings = interleave(calls, plan.device, **rounds, title=f"batch {batch_size}")
     seconds = {name: t.median for name, t in interleave(parts, plan.device, **rounds, title="parts").items()}
     kernels = bare_seconds(plan, networks, batch_size)

@@ -171,9 +171,23 @@ def test_the_training_benchmark_compares_like_with_like(tmp_path, capsys, quick_
     assert "SiT-S/4 with 1 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_ways_to_sum_gradients_are_compared_over_ranks(tmp_path, capfd):
+    out = tmp_path / "ranks.json"
+    benchmark.main(["--train", "--ranks", "2", *TINY, "--precision", "fp32", "--json", str(out)])
+    rows = {row["way"].split(":")[0]: row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 4
+    assert rows["DistributedDataParallel"]["ratio"] == 1
+    assert rows["train.py"]["resumes"]
+    assert all(row["difference"] == 0 and row["memory"] > 0 for row in rows.values())
+    assert "train.py: buckets while the backward pass runs" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--ranks", "2"],
+        ["--train", "--ranks", "0"],
         ["--repeats", "0"],
         ["--image-size", "100"],
         ["--schedules", "R3"],

@@ -112,6 +112,24 @@ def command(page, name):
     return shlex.split(page.locator(f"#{name}-command textarea").input_value())[2:]
 
 
+def draw_over(page, canvas):
+    """A line through the middle of a canvas; again while it shows nothing of it, as when it is not ready yet."""
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y)
+    before = canvas.screenshot()
+    for _ in range(10):
+        page.mouse.down()
+        for k in range(1, 7):
+            page.mouse.move(x - 60 + 20 * k, y)
+        page.mouse.up()
+        page.mouse.move(x - 60, y)
+        page.wait_for_timeout(300)
+        if canvas.screenshot() != before:
+            return
+    raise AssertionError("the editor cannot be drawn on")
+
+
 def test_a_picture_is_drawn_step_after_step_and_downloaded(page, asked, tmp_path):
     count_images(page, "2")
     fill(page, "schedule", "M4R1")
@@ -171,16 +189,9 @@ def test_what_is_drawn_over_is_drawn_anew(page, tmp_path, monkeypatch):
     page.get_by_role("tab", name="Edit").click()
     canvas = page.locator("#editor canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(500)  # until the editor has placed its picture
     button(page, "Edit").click()
     page.get_by_text("nothing is drawn over the picture").wait_for()
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 60, y)
-    page.mouse.down()
-    for k in range(1, 7):
-        page.mouse.move(x - 60 + 20 * k, y)
-    page.mouse.up()
+    draw_over(page, canvas)
     page.get_by_label("Schedule", exact=True).locator("visible=true").fill("M3")
     page.get_by_label("Results", exact=True).fill("2")
     button(page, "Edit").click()

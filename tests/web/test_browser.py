@@ -168,7 +168,7 @@ def test_mistakes_are_shown_and_the_page_goes_on(page):
     count_images(page, "1")
     button(page, "Generate").click()
     page.get_by_text("M2 · 3 evaluations, 6 rows · cfg 3").wait_for()
-    assert command(page, "generated")[2:6] == ["--schedule", "M2", "--num-images", "1"]
+    assert "--schedule M2 --num-images 1 " in " ".join(command(page, "generated"))
 
 
 def test_two_schedules_are_two_rows(page):

@@ -14,9 +14,9 @@ from flowturbo.sampling.picture_options import PictureOptions
 from flowturbo.sampling.solvers import LearnedSolver, write_solver
 from flowturbo.system import cli
 from flowturbo.transport import Guidance
-from flowturbo.weights.fetch import MissingWeights
 from flowturbo.web.options import PageOptions
 from flowturbo.web.studio import MOST_IMAGES, Studio, named_schedule
+from flowturbo.weights.fetch import MissingWeights
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from flowturbo.system.values import plain
 from flowturbo.text_to_image.options import read_lines
 
 USUAL_COUNT = 50_000
+PARTS = ("frechet", "kid", "kid-subsets", "precision-recall", "images")
 LABELS = ("random", "balanced")
 SOURCES = """\
   an ADM .npz      arr_0 (uint8, N×H×W×3); stored mu and sigma are used where the extractor is inception
@@ -35,7 +36,7 @@ examples:
 other commands (each has its own --help):
   python evaluator.py clip SAMPLES --prompts FILE --clip DIR   how well images fit their captions
   python evaluator.py stats SOURCE -o FILE   statistics of images, once, for many comparisons
-  python evaluator.py benchmark              time and memory of the Fréchet distance on this machine
+  python evaluator.py benchmark              time and memory of the metrics on this machine, beside torch-fidelity's
 
 FID, sFID, KID and MIND: smaller is better; the others: larger. Values at different N are not comparable. The
 Inception Score takes splits of 5000 in file order, so samples sorted by class ruin it. Each metric that lacks
@@ -86,12 +87,17 @@ class Comparison:
     json: str | None = option(None, "also write the result here", metavar="FILE")
     bootstrap: int = option(0, "standard errors from K resamples; 0: none", metavar="K")
     seed: int = option(0, "of the resamples", type=seed)
+    kid_subsets: int = option(
+        0,
+        "KID as torch-fidelity computes it, over K random subsets of 1000 (its default is 100); 0: over all pairs",
+        metavar="K",
+    )
     half_precision: bool = option(
         False, "precision and recall with distances in half precision, as the ADM suite computes them"
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "bootstrap")
+        at_least(self, 0, "bootstrap", "kid_subsets")
         if self.bootstrap == 1:
             raise ValueError("bootstrap 1: a standard error needs at least 2 resamples")
 
@@ -123,12 +129,17 @@ class Clip:
 class Benchmark:
     """How large a benchmark is. Raises ValueError for impossible values."""
 
+    parts: tuple[str, ...] = option(PARTS, "what to measure; default: all", nargs="+", choices=PARTS)
     count: int = option(USUAL_COUNT, "feature vectors on each side")
+    references: int = option(10_000, "of the reference side, for KID, precision and recall")
     dimensions: int = option(2048, "of each")
+    images: int = option(100, "of 256x256 pixels, for the extraction")
     repeats: int = option(3, "runs, of which the median counts")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "count", "dimensions", "repeats")
+        at_least(self, 1, "dimensions", "repeats")
+        at_least(self, 2, "images")
+        at_least(self, 4, "count", "references")
 
 
 def at_least(options: object, least: int, *names: str) -> None:
@@ -171,7 +182,7 @@ def compare(argv: Sequence[str]) -> None:
             f"with values at {USUAL_COUNT}"
         )
     tell(notes, warnings)
-    settings = {"bootstrap": options.bootstrap, "seed": options.seed, "half_precision": options.half_precision}
+    settings = {name: getattr(options, name) for name in ("bootstrap", "seed", "half_precision", "kid_subsets")}
     metrics = evaluate(reference, samples, **settings, device=device)
     measured = dict(tqdm(metrics, total=len(METRICS), desc="metrics", leave=False, disable=None))
     if options.json:
@@ -234,20 +245,27 @@ def clip(argv: Sequence[str]) -> None:
 
 
 def benchmark(argv: Sequence[str]) -> None:
-    """Print the time and memory of the Fréchet distance beside torch-fidelity's and scipy.linalg.sqrtm's."""
+    """Print time, memory and values of features and metrics beside torch-fidelity's and scipy's, on random inputs.
+
+    Without smaller sizes it takes most of an hour on one core.
+    """
     parser = cli.new_parser(benchmark.__doc__)
     parser.prog += " benchmark"
     (options,) = cli.parse(parser, argv, {"size": Benchmark})
 
     import torch
 
-    from benchmarks.evaluation import compare_frechet, summary
+    from benchmarks.evaluation import compare
+    from benchmarks.measure import processor
+    from benchmarks.metrics import Inputs
 
     print(
-        f"two sets of {options.count} × {options.dimensions} features, median of {options.repeats} interleaved runs, "
-        f"{torch.get_num_threads()} threads"
+        f"{processor()}, {torch.get_num_threads()} threads; {options.count} samples, {options.references} references, "
+        f"{options.dimensions} dimensions; medians of {options.repeats} interleaved runs"
     )
-    print(summary(compare_frechet(options.count, options.dimensions, options.repeats)))
+    inputs = Inputs(options.count, options.references, options.dimensions, options.images)
+    for text in compare(inputs, options.repeats, options.parts):
+        print(text, flush=True)
 
 
 def tell(notes: Sequence[str], warnings: Sequence[str]) -> None:

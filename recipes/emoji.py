@@ -23,7 +23,8 @@ from flowturbo.system.options import option
 from flowturbo.weights.registry import MODELS, PACKAGED
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ["--vae-ckpt", "none", "--no-flip", "--num-workers", "0", "--sample-every", "0", "--keep-last", "2"]
+ALWAYS = ["--vae-ckpt", "none", "--no-flip", "--num-workers", "0", "--sample-every", "0"]
+ALWAYS += ["--keep-last", "2", "--keep-every", "0"]
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class AnyRun:
             if stopping:
                 return failure
             if main and samples:
-                self.show(saved=saves)
+                self.show(log, saved=saves)
         return None
 
     def tell(self, measure: Measure, log: RunLog) -> None:
@@ -174,10 +174,13 @@ class AnyRun:
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
 
-    def show(self, saved: bool) -> None:
-        """Write the step's picture. Raises NotFinite where it is not, the state saved by then."""
+    def show(self, log: RunLog, saved: bool) -> None:
+        """Write the step's picture; where it cannot be written, that is said. Raises NotFinite where it is not finite,
+        the state saved by then."""
         try:
             save_png(self.folder / "samples" / f"{self.state.step:07d}.png", self.picture())
+        except OSError as error:
+            log.say(f"step {self.state.step}: no grid: {one_line(error)}")
         except NotFinite as error:
             path = self.folder / CHECKPOINTS if saved else self.save()
             raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowturbo.networks.compiled import check_compiler
 from flowturbo.networks.precision import pick_precision
 from flowturbo.system.claims import differences, write_record
 from flowturbo.system.code import made_by
@@ -115,6 +116,7 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         shift = options.recipe.shift or float(pipe.scheduler.config.get("shift") or 1)
         del pipe, encode  # autoencoder and text encoders have done their work
         if options.hardware.compile:
+            ranks.agree(lambda: check_compiler(ranks.device))
             for each in {network, teacher}:
                 each.compile()
         objective = objective_for(options, network, teacher, shift, dtype)

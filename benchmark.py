@@ -5,6 +5,7 @@ Usage:
   python benchmark.py --json bench.json --plot bench.png
   python benchmark.py --ablate --batch-sizes 2 # one optimisation at a time, and what compiling takes
   python benchmark.py --train                  # steps of refiner training, and where their time goes
+  python benchmark.py --train --ranks 2        # steps of predictor training, beside DistributedDataParallel
   python benchmark.py --startup                # how long --help and imports take
   python benchmark.py --quality --cfg-scale 1  # samplers of a trained model at equal evaluations, with their errors
   python benchmark.py --reproduce              # the paper's table anew; flags: --reproduce --help
@@ -114,7 +115,11 @@ def device_figures(options: BenchmarkOptions, record: Record) -> None:
         print(line, flush=True)
     settings = {**asdict(options), "device": describe(plan.device), "plan": str(plan)}
     record.head = {"settings": settings, "roofline": asdict(best)}
-    if options.train:
+    if options.train and options.ranks > 1:
+        from benchmarks import reduction
+
+        record.keep([asdict(row) for row in reduction.measure(plan, options.ranks, options.threads)])
+    elif options.train:
         from benchmarks import training
 
         training.measure(plan, best, record.keep)

@@ -49,7 +49,7 @@ class FileOptions:
         None, "one captioned row for each of these, in one picture", metavar="SCHEDULE"
     )
     steps_picture: str | None = option(
-        None, "also the states after each step, as a filmstrip (.png) or moving (.gif)", metavar="FILE"
+        None, "also the states after each step, as a filmstrip (.png) or moving (.gif, .mp4)", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class FileOptions:
             raise ValueError("mask, compare and steps_picture are for edits, not for inversion")
         if self.invert and (self.noise or not self.out):
             raise ValueError("invert needs image and out, where the noise goes")
-        kinds = {"out": (".pt",) if self.invert else (".png",), "steps_picture": (".png", ".gif")}
+        kinds = {"out": (".pt",) if self.invert else (".png",), "steps_picture": (".png", ".gif", ".mp4")}
         for name, endings in kinds.items():
             value = getattr(self, name)
             if value and Path(value).suffix.lower() not in endings:
@@ -74,9 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (out, files.steps_picture)):
         check_writable(path)
 
+    from flowturbo.data.moving import check_moving
     from flowturbo.sampling.editing import Editor
     from flowturbo.sampling.generate import find_files, load_networks
 
+    if files.steps_picture:
+        check_moving(files.steps_picture)
     given = read_inputs(files)  # a mistake in them shows before the networks are loaded
     found = find_files(network_options, any(each.sampler.needs_refiner for each in variants))
     for each in variants:
@@ -181,17 +184,11 @@ def save_comparison(out: Path, made: Sequence[Edited], captions: Sequence[str]) 
 
 def save_steps(out: Path, made: Sequence[Edited], captions: Sequence[str]) -> None:
     """The trajectories of the first results: a row for each, or moving pictures."""
-    import torch
+    from flowturbo.data.moving import save_moving
+    from flowturbo.data.pictures import grid
 
-    from flowturbo.data.pictures import grid, save_gif, save_png
-
-    strips = [torch.stack([state[0] for state in each.steps]) for each in made]
-    if out.suffix.lower() == ".png":
-        save_png(out, grid(strips, captions))
-    else:
-        longest = max(map(len, strips))
-        frames = [grid([strip[min(k, len(strip) - 1)][None] for strip in strips], captions) for k in range(longest)]
-        save_gif(out, frames)
+    trajectories = [[state[:1] for state in each.steps] for each in made]
+    save_moving(out, trajectories, lambda states: grid(states, captions), captions)
     print(f"saved {out}")
 
 

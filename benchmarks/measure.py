@@ -41,9 +41,9 @@ class Timing:
         return sorted(self.seconds)[round(part * (len(self.seconds) - 1))]
 
 
-def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def stopwatch(device: torch.device, wall: bool = False) -> Callable[[Callable[[], object]], float]:
     """What measures the seconds of a call: by events on CUDA; on a CPU by the process time if it has one thread,
-    which other programs disturb least, else by the wall."""
+    which other programs disturb least, else, or where it waits for other processes, by the wall."""
 
     def on_cuda(call: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -53,7 +53,7 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
         torch.cuda.synchronize(device)
         return begin.elapsed_time(end) / 1000
 
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 and not wall else time.perf_counter
 
     def on_cpu(call: Callable[[], object]) -> float:
         begin = clock()
@@ -71,12 +71,14 @@ def interleave(
     warm_up: int,
     title: str = "",
     on_round: Callable[[Mapping[Name, Timing]], object] = lambda timings: None,
+    wall: bool = False,
 ) -> dict[Name, Timing]:
     """Time the calls in turn, round by round, so that whatever disturbs the machine disturbs them all.
 
-    Python collects its garbage between the rounds, never within. `on_round` is given the timings after each round.
+    Python collects its garbage between the rounds, never within. `on_round` is given the timings after each round;
+    `wall` as of `stopwatch`.
     """
-    seconds = stopwatch(device)
+    seconds = stopwatch(device, wall)
     timings = {name: Timing() for name in calls}
     total = (repeats + warm_up) * len(calls)
     with tqdm(total=total, unit="call", desc=title, leave=False, disable=None) as bar:

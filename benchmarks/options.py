@@ -27,6 +27,7 @@ class BenchmarkOptions:
 
     ablate: bool = option(False, "one optimisation at a time, on the first schedule")
     train: bool = option(False, "steps of refiner training")
+    ranks: int = option(1, "with --train and 2 or more: processes that train a predictor, and ways to sum gradients")
     startup: bool = option(False, "CPU seconds of every script's --help, and of imports, beside `import torch`")
     quality: bool = option(
         False, "samplers of a trained model at equal evaluations: error of the end points, time, Fréchet distance"
@@ -52,8 +53,8 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         counts = (*(self.batch_sizes or ()), *(n for n in (self.depth, self.repeats) if n is not None), self.threads)
-        if min(counts) < 1:
-            raise ValueError("batch_sizes, repeats, depth and threads must be at least 1")
+        if min(*counts, self.ranks) < 1:
+            raise ValueError("batch_sizes, repeats, depth, threads and ranks must be at least 1")
         if self.image_size < 64 or self.image_size % 64:
             raise ValueError(f"image_size {self.image_size} must be a multiple of 64")
         kinds = self.ablate + self.train + self.startup + self.quality
@@ -65,6 +66,8 @@ class BenchmarkOptions:
             raise ValueError("cfg_scale 1 leaves nothing to compare with: the released code cannot do without guidance")
         if self.train and (self.schedules or self.decode is not None):
             raise ValueError("train has no schedules and no decode")
+        if self.ranks > 1 and not self.train:
+            raise ValueError("ranks are for train alone")
         plotted = not kinds
         if self.plot and not (plotted and Path(self.plot).suffix.lower() == ".png"):
             raise ValueError("plot is for the table of schedules, and its name must end in .png")

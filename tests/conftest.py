@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 import numpy as np
 import pytest
 import torch
+from forking import Ranks
 from PIL import Image
 
 from flowturbo.models import SiT
@@ -264,3 +265,9 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(main, size, timeout=30) -> Ranks that have ended."""
+    return lambda main, size, **options: Ranks(tmp_path, main, size, **options)

@@ -26,6 +26,7 @@ BELOW = {  # what each room may import, besides itself
     "training": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling"},
     "text_to_image": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
     "planning": {*CORE, "system", "weights", "networks", "data", "evaluation", "sampling", "training"},
+    "web": {*CORE, "system", "weights", "networks", "data", "sampling", "planning"},
 }
 TORCH_FREE = (  # so that a command line is parsed before torch is imported
     *("configurations", "system.options", "system.cli", "system.advice", "system.files", "system.claims"),
@@ -36,10 +37,13 @@ TORCH_FREE = (  # so that a command line is parsed before torch is imported
         "data.options",
         "sampling.options",
         "sampling.edit_options",
+        "sampling.picture_options",
         "sampling.solvers",
         "training.options",
     ),
     "text_to_image.options",
+    "web.options",
+    "web.launch",
     "training.stopping",
 )
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"models", "refiner"}

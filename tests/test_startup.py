@@ -13,17 +13,17 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 ARGUMENTS = ("--help", "--no-such-flag")
 
-# All in one process, in which torch cannot be imported. Prints a list of [exit code, what was printed].
+# All in one process, in which neither torch nor gradio can be imported. Prints a list of [exit code, what was printed].
 PROBE = """
 import contextlib, io, json, runpy, sys
 
-class TorchImported(BaseException):
+class TooEarly(BaseException):
     pass
 
 class Guard:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            raise TorchImported
+        if name in ("torch", "gradio"):
+            raise TooEarly(name)
 
 sys.meta_path.insert(0, Guard())
 found = []
@@ -36,8 +36,8 @@ for script, *arguments in json.loads(sys.argv[1]):
         code = 0
     except SystemExit as end:
         code = end.code
-    except TorchImported:
-        code = "imports torch"
+    except TooEarly as early:
+        code = f"imports {early}"
     except Exception as error:
         code = repr(error)
     found.append([code, text.getvalue()])

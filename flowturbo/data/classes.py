@@ -105,6 +105,15 @@ def class_index(name: str, num_classes: int, names: ClassNames | None = None) ->
     raise ValueError(f"{name!r} is no {kind} name or index{hint}")
 
 
+def class_label(index: int, num_classes: int, names: ClassNames | None = None) -> str:
+    """What stands under a picture: the model's own name of a class, else ImageNet's first one, else "class 3"."""
+    if names is not None and names.names[index]:
+        return names.names[index]
+    if names is None and num_classes == IMAGENET_CLASSES:
+        return _imagenet_classes()[index][1].split(", ")[0]
+    return f"class {index}"
+
+
 def assign_classes(
     folders: Sequence[str], num_classes: int | None, class_map: Mapping[str, int] | None = None
 ) -> Assignment:
@@ -207,6 +216,7 @@ def imagenet_indices(name: str) -> list[int]:
     return names.get(text) or names.get(text.replace("_", " ")) or names.get(text.replace(" ", "_")) or []
 
 
+@lru_cache(maxsize=1)
 def _imagenet_classes() -> list[tuple[str, str]]:
     """(WordNet id, names) of each of the 1000 classes: timm's, from its files where they lie, since timm takes seconds
     to import."""

@@ -5,6 +5,7 @@ Images are turned upright (EXIF), 16 bits become 8, and transparent pixels are s
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -41,6 +42,16 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 
+class ImageBytes(NamedTuple):
+    """The content of an image file that lies in memory, and what messages call it."""
+
+    name: str
+    content: bytes
+
+
+Source = str | os.PathLike[str] | ImageBytes  # what is read as an image
+
+
 class ImageReading(NamedTuple):
     """An image, and what reading it took."""
 
@@ -48,16 +59,14 @@ class ImageReading(NamedTuple):
     rules: frozenset[str]  # of "orientation" (turned upright), "transparency" (on the background), "depth" (16 bits)
 
 
-def read_image(
-    path: str | os.PathLike[str], size: int | None = None, channels: int = 3, background: str = "white"
-) -> ImageReading:
-    """An image file, as grey, RGB or RGBA by its `channels` (1, 3 or 4), with `size` as a centre-cropped square.
+def read_image(source: Source, size: int | None = None, channels: int = 3, background: str = "white") -> ImageReading:
+    """An image, as grey, RGB or RGBA by its `channels` (1, 3 or 4), with `size` as a centre-cropped square.
 
     `background`, "white", "black" or "#rrggbb", is what transparent pixels are shown on; RGBA keeps them. Raises
     ValueError naming a file that is damaged, too large, of more than 16 bits, or no file but a pipe or a device.
     """
     colour = parse_background(background)
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         if size is not None and size**2 * max(picture.size) > LARGEST_CROP * min(picture.size):
             raise ValueError(f"a strip of {picture.width}x{picture.height} pixels")
         picture.load()
@@ -74,15 +83,16 @@ def read_image(
     return ImageReading(array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1)), rules)
 
 
-def rules_of(path: str | os.PathLike[str], channels: int = 3) -> frozenset[str]:
-    """The `rules` of reading a file, without decoding it where its header tells. Raises ValueError as `read_image`."""
-    with _opened(path) as picture:
+def rules_of(source: Source, channels: int = 3) -> frozenset[str]:
+    """The `rules` of reading an image, without decoding it where its header tells. Raises ValueError as
+    `read_image`."""
+    with _opened(source) as picture:
         return _rules(picture, channels)
 
 
-def inspect(path: str | os.PathLike[str], channels: int = 3) -> tuple[int, frozenset[str]]:
-    """The short side of an image file, and the `rules` of reading it, as `rules_of`."""
-    with _opened(path) as picture:
+def inspect(source: Source, channels: int = 3) -> tuple[int, frozenset[str]]:
+    """The short side of an image, and the `rules` of reading it, as `rules_of`."""
+    with _opened(source) as picture:
         return min(picture.size), _rules(picture, channels)
 
 
@@ -124,20 +134,25 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """An image file, its header read. Whatever goes wrong with it within becomes a ValueError that names it."""
-    check_file(path)
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """An image, its header read. Whatever goes wrong with it within becomes a ValueError that names it."""
+    file: str | io.BytesIO
+    if isinstance(source, ImageBytes):
+        name, file = source.name, io.BytesIO(source.content)
+    else:
+        name = file = os.fspath(source)
+        check_file(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities that change no pixel; of bombs MAX_PIXELS tells
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(file, formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width}x{picture.height} pixels could be a decompression bomb")
                 if picture.mode not in READABLE and not _is_deep(picture):
                     raise ValueError(f"mode {picture.mode} ({picture.format}), expected 8 or 16 bits per channel")
                 yield picture
     except Exception as error:  # Pillow raises a dozen types on damaged files
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from None
+        raise ValueError(f"cannot read image {name!r}: {error or type(error).__name__}") from None
 
 
 def _rules(picture: Image.Image, channels: int) -> frozenset[str]:

@@ -35,16 +35,25 @@ def save_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
-def save_gif(path: str | os.PathLike[str], frames: Sequence[Image.Image], milliseconds: int = 200) -> None:
-    """Write pictures of one size as a moving one that repeats, whole or not at all; the last stays for a second."""
-    shown = [milliseconds] * (len(frames) - 1) + [max(1000, milliseconds)]
+def save_gif(
+    path: str | os.PathLike[str], frames: Sequence[Image.Image], milliseconds: int = 200, last: int = 1000
+) -> None:
+    """Write pictures of one size as a moving one that repeats, whole or not at all; the last stays for longer."""
+    shown = [milliseconds] * (len(frames) - 1) + [max(last, milliseconds)]
     with atomic_write(path) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0)
 
 
-def grid(rows: Sequence[Tensor], captions: Sequence[str] = (), *, least_side: int = 32) -> Image.Image:
-    """Rows of uint8 images, each (N, C, H, W), as one RGB picture; captions, if any, stand above their rows.
+def grid(
+    rows: Sequence[Tensor],
+    captions: Sequence[str] = (),
+    labels: Sequence[Sequence[str]] = (),
+    *,
+    least_side: int = 32,
+) -> Image.Image:
+    """Rows of uint8 images, each (N, C, H, W), as one RGB picture.
 
+    `captions`, if any, stand above their rows; `labels`, a row of texts for each row of images, below the images.
     Images smaller than `least_side` pixels are enlarged by a whole factor, so that a person can look at them.
     """
     height, width = rows[0].shape[-2:]
@@ -53,22 +62,37 @@ def grid(rows: Sequence[Tensor], captions: Sequence[str] = (), *, least_side: in
     gap = max(2, height // 32)
     font_size = max(12, height // 12)
     font = ImageFont.load_default(size=font_size)
-    head = int(font_size * 1.6) if captions else 0
+    line = int(font_size * 1.6)
+    heads = [line if captions else 0 for _ in rows]
+    feet = [line if k < len(labels) and any(labels[k]) else 0 for k in range(len(rows))]
     columns = max(len(row) for row in rows)
     text_width = max((int(font.getlength(caption)) for caption in captions), default=0)
     size = (
         max(columns * (width + gap), text_width + gap) + gap,
-        len(rows) * (height + gap + head) + gap,
+        len(rows) * (height + gap) + sum(heads) + sum(feet) + gap,
     )
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     top = gap
-    for index, row in enumerate(rows):
+    for index, (row, head, foot) in enumerate(zip(rows, heads, feet)):
         if captions:
             draw.text((gap, top + head // 8), captions[index], fill="black", font=font)
-            top += head
+        top += head
         for column, image in enumerate(row):
             picture = to_pil(image).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (gap + column * (width + gap), top))
-        top += height + gap
+            left = gap + column * (width + gap)
+            canvas.paste(picture, (left, top))
+            if foot:
+                text = shortened(labels[index][column], font, width)
+                draw.text((left + width // 2, top + height + foot // 8), text, fill="black", font=font, anchor="ma")
+        top += height + foot + gap
     return canvas
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text, cut and ended by dots where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"

@@ -45,3 +45,17 @@ def keyed_noise(seed: int, indices: Sequence[int], shape: Sequence[int], stream:
     """Standard normal noise (len(indices), *shape), float32 on the CPU, row k from (seed, indices[k])."""
     rows = [keyed_generator(seed, i, stream).standard_normal(tuple(shape), dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+
+
+def between(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Noise (N, ...) on the great circle from `first`, share 0, to `second`, share 1: as long as noise is.
+
+    A straight line would pass nearer to zero than noise ever is. Source: White, "Sampling Generative Networks", 2016.
+    """
+    a, b = first.flatten(1).double(), second.flatten(1).double()
+    cosine = (a * b).sum(1, keepdim=True) / (a.norm(dim=1, keepdim=True) * b.norm(dim=1, keepdim=True))
+    angle = cosine.clamp(-1, 1).acos()
+    if float(angle.min()) == 0:  # one noise with itself: there is no circle to walk on
+        angle = angle.clamp(min=1e-9)
+    mixed = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return mixed.to(first.dtype).reshape(first.shape)

@@ -18,6 +18,8 @@ SYSTEM_NAMES = frozenset(  # what macOS, Windows, file servers, disks and Python
 PSEUDO = ("/proc", "/sys", "/dev")  # file systems of the kernel, which hold no images
 NOT_PSEUDO = "/dev/shm"
 
+IMAGE = "images"
+
 # The kinds of entries that are passed over.
 HIDDEN = "hidden images and folders"
 SYSTEM = "system entries"
@@ -32,6 +34,25 @@ class Walk(NamedTuple):
     files: list[str]  # the images, relative to the root, sorted by the parts of their paths
     folders: list[str]  # the folders right below the root, sorted
     skipped: dict[str, int]  # entries that were passed over, by kind
+
+
+def kind_of(name: str, hidden: bool = False) -> str:
+    """IMAGE, or the kind of entry that a file of this name is passed over as."""
+    lower = name.lower()
+    if os.path.splitext(lower)[1] not in SUFFIXES:
+        return SYSTEM if lower in SYSTEM_NAMES else OTHER
+    return IMAGE if hidden else _kind_of_unseen(lower) or IMAGE
+
+
+def kind_of_path(path: str) -> str:
+    """As `kind_of`, for a path whose folders may be hidden, or a system's, too."""
+    *folders, name = path.split("/")
+    return next(filter(None, map(_kind_of_unseen, map(str.lower, folders))), None) or kind_of(name)
+
+
+def _kind_of_unseen(name: str) -> str:
+    """SYSTEM or HIDDEN for a file or folder of such a name, in lower case; else empty."""
+    return SYSTEM if name in SYSTEM_NAMES else HIDDEN if name.startswith(".") else ""
 
 
 def describe(skipped: Mapping[str, int]) -> str:

@@ -9,10 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowturbo.sampling.bundled import load_bundled
     from flowturbo.sampling.edit_options import EditOptions
     from flowturbo.sampling.editing import edit
+    from flowturbo.sampling.options import NetworkOptions, SamplingOptions
+    from flowturbo.sampling.picture import make_picture
+    from flowturbo.sampling.picture_options import PictureOptions
 
-_HOMES = {"EditOptions": "edit_options", "edit": "editing"}
+_HOMES = {
+    "EditOptions": "edit_options",
+    "NetworkOptions": "options",
+    "PictureOptions": "picture_options",
+    "SamplingOptions": "options",
+    "edit": "editing",
+    "load_bundled": "bundled",
+    "make_picture": "picture",
+}
 __all__ = list(_HOMES)
 
 

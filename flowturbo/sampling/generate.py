@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.system.distributed import pick_device
 from flowturbo.transport.guidance import Guidance
-from flowturbo.transport.samplers import SDESampler
+from flowturbo.transport.samplers import FlowTurbo, SDESampler
 from flowturbo.transport.spec import SamplerSettings, SamplerSpec
 from flowturbo.weights.checkpoint import resolve
 from flowturbo.weights.fetch import MissingWeights
@@ -198,18 +198,46 @@ class ImageSampler:
 
         Raises ValueError for classes that the predictor has not, NotFinite where an image is not finite.
         """
-        shape, device = self.networks.predictor.input_shape, self.networks.device
-        z, y = keyed_noise(seed, numbers, shape).to(device), self._labels(classes).to(device)
+        return self.from_noise(self.noise(seed, numbers), classes, seed, numbers)
+
+    def noise(self, seed: int, numbers: Sequence[int]) -> Tensor:
+        """What the samples start from, (N, C, H, W) on the CPU."""
+        return keyed_noise(seed, numbers, self.networks.predictor.input_shape)
+
+    def from_noise(self, z: Tensor, classes: Sequence[int], seed: int = 0, numbers: range | None = None) -> Tensor:
+        """As a call, from any noise z (N, C, H, W); seed and numbers (default: 0, 1, ...) draw what an SDE adds."""
+        numbers, device = numbers or range(len(z)), self.networks.device
+        z, y = z.to(device), self._labels(classes).to(device)
         if isinstance(self.sampler, SDESampler):
+            shape = self.networks.predictor.input_shape
             noise = lambda k: keyed_noise(seed, numbers, shape, Stream.SDE + k)  # noqa: E731
             made = self.sampler.sample(z, y, noise)
         else:
             made = self.sampler.sample(z, y)
         return self._checked(made, numbers)
 
+    @torch.no_grad()
+    def steps(self, z: Tensor, classes: Sequence[int], numbers: range | None = None) -> Iterator[Tensor]:
+        """The noise z (N, C, H, W), and after each step where it leads by now: uint8 images, the last as a call's.
+
+        What a step foretells is the end point of its mean velocity. Raises ValueError for samplers without known steps.
+        """
+        if not isinstance(self.sampler, FlowTurbo):
+            raise ValueError(f"{self} has no steps that are known beforehand: expected a schedule of blocks")
+        numbers, device = numbers or range(len(z)), self.networks.device
+        x, y = z.to(device), self._labels(classes).to(device)
+        yield self._checked(self._decode(x), numbers)
+        for step, state in zip(self.sampler.steps, self.sampler.trajectory(x, y), strict=True):
+            last = step is self.sampler.steps[-1]
+            middle = torch.tensor((step.start + step.end) / 2, device=device)
+            velocity = (state.x - x) / (step.end - step.start)
+            seen = state.x if last else self.sampler.path.end_point(velocity, (state.x + x) / 2, middle)
+            yield self._checked(self._decode(seen), numbers)
+            x = state.x
+
     def _checked(self, made: Tensor, numbers: range) -> Tensor:
         """Latents, or what `_decode` has made as uint8. Raises NotFinite naming samples that are not finite."""
-        decoded = self.sampler.decode is not None
+        decoded = made.dtype == torch.int16
         finite = made[:, 0, 0, 0] >= 0 if decoded else made.isfinite().flatten(1).all(1)
         bad = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
         if bad:

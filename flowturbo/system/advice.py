@@ -39,6 +39,8 @@ def _get_weights(error: Any) -> str:
         ways.append("pass a local path with " + " and ".join(map(flag_of, error.fields)))
     elif error.assets:
         ways.append("pass a local path with " + " and ".join(TAKES[asset] for asset in error.assets))
+    if error.assets and "predictor_ckpt" in error.fields:
+        ways.append("take --model colour, which comes with the package")
     return ", or ".join(ways)
 
 
@@ -86,9 +88,11 @@ ADVICE: dict[str, str | Callable[[Any], str]] = {
     "UploadFailed": "it needs a token that may write there (`hf auth login`, or HF_TOKEN)",
     "NotFinite": "take --precision fp32; where it was, the weights are none to sample from",
     "OutOfRange": "take --dtype bf16 or fp32",
+    "GradioMissing": 'the extra web brings it: `pip install ".[web]"` in the repository, or `pip install gradio`',
     "CannotCompile": "go on without --compile",
     "MissingExtractorWeights": _get_extractor_weights,
     "OtherLatents": "make latents for these settings with `python cache_latents.py SRC DST`, in another folder",
+    "MissingReader": "install it with `pip install 'flowturbo[shards]'`",
     "UnevenImages": "--image-size N crops them",
     "UnfinishedLatents": "run `python cache_latents.py SRC DST` again",
     "UnknownClasses": (

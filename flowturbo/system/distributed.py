@@ -52,6 +52,19 @@ class World:
                 dist.all_reduce(value)
         return value
 
+    def begin_sum(self, value: Tensor) -> Callable[[], None]:
+        """Begin `sum`, and go on meanwhile; what is returned waits for its end. All ranks must begin alike."""
+        if self.size == 1:
+            return lambda: None
+        with _together():
+            work = dist.all_reduce(value, async_op=True)
+
+        def wait() -> None:
+            with _together():
+                work.wait()
+
+        return wait
+
     def agree(self, function: Callable[[], Value]) -> Value:
         """What rank 0's call of the function returns, on every rank; where it raises, every rank raises.
 

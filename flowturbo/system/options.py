@@ -91,6 +91,30 @@ def read_flags(kind: type[Options], arguments: argparse.Namespace, **values: Any
     return kind(**{each.name: getattr(arguments, each.name) for each in _declared(kind)}, **values)
 
 
+def words_of(options: Any, **defaults: Any) -> list[str]:
+    """The words of a command line that gives these options; fields at their defaults, or at `defaults`, are left out.
+
+    No word says None, so a field that is None is left out too.
+    """
+    words: list[str] = []
+    for each in _declared(type(options)):
+        value = getattr(options, each.name)
+        if value is None or value == defaults.get(each.name, each.default):
+            continue
+        if isinstance(value, bool):
+            words.append(flag_of(each.name if value else f"no_{each.name}"))
+        else:
+            flag = [] if each.metadata["positional"] else [flag_of(each.name)]
+            words += [*flag, *map(_spelled, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def _spelled(value: Any) -> str:
+    """Such as 4 of 4.0: as short as it reads back."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
 def _declared(kind: type) -> list[Field]:
     return [each for each in fields(kind) if "flags" in each.metadata]  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Arguments = dict[str, Any]  # of a network's forward
 Conditions = dict[str, Tensor]  # a prompt's embeddings by their names, a row for each prompt
 
 
@@ -17,7 +18,8 @@ class Family:
     """One class of networks.
 
     `conditions` maps what `encode` gives to the forward's arguments. The network is asked at `time(sigma, config)`, and
-    answers `sign` times noise - data. `packed`: its latents are tokens (N, h·w / 4, 4C), with image ids.
+    answers `sign` times noise - data. `packed`: its latents are tokens (N, h·w / 4, 4C), and `places` makes of latents x
+    and the arguments so far those that say where the tokens stand, or which of them count.
     `depth` are the config's entries for a refiner of one transformer block; `input` and `output` are its first and its
     last layer, and `channels_last` says that the input layer's features end with the channels of a patch.
     """
@@ -30,6 +32,7 @@ class Family:
     time: Callable[[Tensor, Any], Tensor] = lambda sigma, config: 1000 * sigma
     sign: int = 1
     packed: bool = False
+    places: Callable[[Tensor, Arguments], Arguments] = lambda x, arguments: {}
     channels_last: bool = False
 
     @property
@@ -40,6 +43,43 @@ class Family:
 
 def _unguided(pipe: Any, prompts: list[str]) -> Sequence[Any]:
     return pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+
+
+def _ids(axes: int) -> Callable[[Tensor, Arguments], Arguments]:
+    """FLUX's positions: a row of coordinates for each token, (0, row, column) of an image's. FLUX.2 has a fourth, the
+    number of a token of text."""
+
+    def places(x: Tensor, arguments: Arguments) -> Arguments:
+        rows, columns = (torch.arange(size // 2, device=x.device, dtype=x.dtype) for size in x.shape[2:])
+        image = x.new_zeros(len(rows) * len(columns), axes)
+        image[:, 1:3] = torch.cartesian_prod(rows, columns)
+        tokens = arguments["encoder_hidden_states"].shape[1]
+        text = x.new_zeros(tokens, axes)
+        text[:, 3:] = torch.arange(tokens, device=x.device, dtype=x.dtype)[:, None]
+        return {"img_ids": image, "txt_ids": text}
+
+    return places
+
+
+def _masked_ids(x: Tensor, arguments: Arguments) -> Arguments:
+    """Chroma's: FLUX's positions, and a mask over the tokens of text and of the image, which all count."""
+    found = _ids(3)(x, arguments)
+    mask = arguments["attention_mask"]
+    return {**found, "attention_mask": torch.cat([mask, mask.new_ones(len(x), len(found["img_ids"]))], 1)}
+
+
+def _shapes(x: Tensor, arguments: Arguments) -> Arguments:
+    """Qwen-Image's: frames, rows and columns of each image's tokens."""
+    return {"img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)}
+
+
+def _padded(embeddings: Tensor, mask: Tensor | None, tokens: int = 256) -> Sequence[Tensor]:
+    """Qwen-Image's embeddings (N, tokens, C) and their mask: its pipeline pads them to a batch's longest prompt only,
+    and has no mask where all are of one length."""
+    kept = embeddings[:, :tokens]
+    mask = kept.new_ones(kept.shape[:2]) if mask is None else mask[:, :tokens]
+    more = tokens - kept.shape[1]
+    return nn.functional.pad(kept, (0, 0, 0, more)), nn.functional.pad(mask, (0, more))
 
 
 _EMBEDS = {"prompt_embeds": "encoder_hidden_states"}
@@ -62,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         "proj_out",
         time=lambda sigma, config: sigma,
         packed=True,
+        places=_ids(3),
     ),
     "Lumina2Transformer2DModel": Family(
         _MASKED,
@@ -90,13 +131,14 @@ FAMILIES: dict[str, Family] = {
         time=lambda sigma, config: sigma,
     ),
     "ChromaTransformer2DModel": Family(
-        {**_EMBEDS, "attention_mask": "attention_mask"},
+        {**_EMBEDS, "prompt_attention_mask": "attention_mask"},
         lambda pipe, prompts: pipe.encode_prompt(prompts)[::2],
         {"num_layers": 1, "num_single_layers": 0},
         "x_embedder",
         "proj_out",
         time=lambda sigma, config: sigma,
         packed=True,
+        places=_masked_ids,
     ),
     "Flux2Transformer2DModel": Family(
         _EMBEDS,
@@ -106,6 +148,17 @@ FAMILIES: dict[str, Family] = {
         "proj_out",
         time=lambda sigma, config: sigma,
         packed=True,
+        places=_ids(4),
+    ),
+    "QwenImageTransformer2DModel": Family(
+        {**_EMBEDS, "prompt_embeds_mask": "encoder_hidden_states_mask"},
+        lambda pipe, prompts: _padded(*pipe.encode_prompt(prompts)),
+        {"num_layers": 1},
+        "img_in",
+        "proj_out",
+        time=lambda sigma, config: sigma,
+        packed=True,
+        places=_shapes,
     ),
     "UNet2DConditionModel": Family(  # InstaFlow's
         _EMBEDS,
@@ -144,14 +197,14 @@ def velocity(
     """
     family = family_of(network)
     config: Any = network.config
-    arguments = {argument: conditions[name] for name, argument in family.conditions.items()}
+    arguments: Arguments = {argument: conditions[name] for name, argument in family.conditions.items()}
+    for name in arguments:
+        if "mask" in name:  # cached in half precision, as all is
+            arguments[name] = arguments[name].bool()
+    arguments |= family.places(x, arguments)
     if config.get("guidance_embeds"):
         arguments["guidance"] = torch.ones_like(sigma) if guidance is None else guidance
-    states = x
-    if family.packed:
-        states = pack(x)
-        arguments["img_ids"] = image_ids(x)
-        arguments["txt_ids"] = x.new_zeros(arguments["encoder_hidden_states"].shape[1], 3)
+    states = pack(x) if family.packed else x
     output = network(states, timestep=family.time(sigma, config), return_dict=False, **arguments)[0]
     output = unpack(output, x.shape) if family.packed else output
     return family.sign * output
@@ -167,10 +220,3 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     """What `pack` has packed, of any number of channels, at the shape's height and width."""
     n, _, h, w = shape
     return tokens.reshape(n, h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, -1, h, w)
-
-
-def image_ids(x: Tensor) -> Tensor:
-    """FLUX's positions of the tokens of latents x: (h·w / 4, 3) with (0, row, column)."""
-    rows, columns = (torch.arange(size // 2, device=x.device, dtype=x.dtype) for size in x.shape[2:])
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-    return torch.cat([torch.zeros_like(grid[:, :1]), grid], 1)

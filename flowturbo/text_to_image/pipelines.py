@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowturbo.text_to_image.families import family_of, network_of
+from flowturbo.text_to_image.families import family_of, network_of, pack, unpack
 
 Encoded = dict[str, Tensor]
 
@@ -65,9 +65,18 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return images
-    encoded = vae.encode(images.to(vae.device, vae.dtype))
+    images, config = images.to(vae.device, vae.dtype), vae.config
+    frames = "temperal_downsample" in config  # Qwen-Image's autoencoder is one of videos
+    encoded = vae.encode(images[:, :, None] if frames else images)
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    if frames:
+        mean, std = (latents.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+        return (latents[:, :, 0] - mean) / std
+    if hasattr(vae, "bn"):  # FLUX.2's latents are normalised as its network takes them, by the channels of a token
+        tokens = pack(latents)
+        tokens = (tokens - vae.bn.running_mean) / (vae.bn.running_var + config.batch_norm_eps).sqrt()
+        return unpack(tokens, latents.shape)
+    return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
 
 def fingerprint(parts: Any, network: bool = False) -> str:

@@ -25,8 +25,10 @@ RECORD = "refiner.json"
 def refiner_config(network: Any) -> dict[str, Any]:
     """The config of a network's refiner: one block, the velocity's channels behind those of x."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    family = family_of(network)
     out = int(config.get("out_channels") or config["in_channels"])
-    changes = {**family_of(network).depth, "in_channels": config["in_channels"] + out, "out_channels": out}
+    answered = out * config.get("patch_size", 1) ** 2 if family.packed else out  # a token has those of a patch
+    changes = {**family.depth, "in_channels": config["in_channels"] + answered, "out_channels": out}
     if "block_out_channels" in config:  # a U-Net: narrower too, which gives the paper's 43.5 M for InstaFlow's
         first, *others = config["block_out_channels"]
         changes["block_out_channels"] = (first // 2, *(width // 4 for width in others))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowturbo.data.loader import MICRO_BATCHES, Batch, micro_batch
 from flowturbo.system.distributed import World
 from flowturbo.training.options import Optimisation
+from flowturbo.training.reduction import GradientBuckets
 from flowturbo.weights.checkpoint import is_plain, load_checkpoint, load_weights, save_checkpoint, weights_of
 
 
@@ -26,6 +27,7 @@ class State:
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    buckets: GradientBuckets
     failed: Tensor  # 1.0, on the device, once a loss or gradient was not finite: AdamW then changes nothing any more
     step: int = 0
 
@@ -39,6 +41,7 @@ class State:
             deepcopy(model).requires_grad_(False).eval(),
             torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused),
             torch.amp.GradScaler(device.type, enabled=fp16),
+            GradientBuckets(trained),
             torch.zeros((), device=device),
         )
 
@@ -150,10 +153,9 @@ def update(
 ) -> Update:
     """One step on this rank's share of the global batch; the objective gives the loss of each sample (n,).
 
-    The gradient is that of the mean over the global batch, however unequal the shares. It crosses ranks in one
-    all-reduce of one flat vector: buckets that adapt to the first step, as DistributedDataParallel's, would make a
-    resumed run differ in the last bits. With `exact` the bits do not even depend on the number of ranks: fixed
-    micro-batches, whose gradients are added in a fixed order.
+    The gradient is that of the mean over the global batch, however unequal the shares. It crosses ranks in fixed
+    buckets while the backward pass still runs, see `GradientBuckets`. With `exact` the bits do not even depend on the
+    number of ranks: fixed micro-batches, whose gradients are added in a fixed order.
 
     Nothing here waits for the device, but in fp16. Where loss or gradient is not finite, the device itself skips this
     update and all later ones, and reading what is returned raises Diverged, on every rank: read it at latest after
@@ -161,26 +163,26 @@ def update(
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
 
-    def gradient(part: Batch) -> Tensor:
-        """Flat gradient, loss and stop flag of a part of the global batch; adds to the parameters' gradients."""
-        loss = objective(part).sum() / optimisation.global_batch_size
-        state.scaler.scale(loss).backward()
-        flat = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
-        return torch.cat([*flat, loss.detach()[None], loss.new_full((1,), float(stop))])
+    def loss_of(part: Batch) -> Tensor:
+        return objective(part).sum() / optimisation.global_batch_size
 
     if optimisation.exact:
-        total = _exact_sum(ranks, batch, optimisation.global_batch_size, gradient, state.optimizer)
+        figures = _exact_sum(state, ranks, batch, loss_of, optimisation.global_batch_size, stop)
     else:
+        *first, last = split(batch, optimisation.accumulate)
         losses = torch.zeros((), device=ranks.device)
-        for part in split(batch, optimisation.accumulate):
-            flat = gradient(part)
-            losses = losses + flat[-2]
-        flat[-2] = losses
-        total = ranks.sum(flat)
-    _write_gradients(parameters, total)
+        for part in first:
+            loss = loss_of(part)
+            state.scaler.scale(loss).backward()
+            losses = losses + loss.detach()
+        loss = loss_of(last)
+        figures = torch.stack([losses + loss.detach(), losses.new_full((), float(stop))])
+        wait = ranks.begin_sum(figures)
+        state.buckets.backward(state.scaler.scale(loss), ranks)
+        wait()
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, optimisation.clip_grad or math.inf)
-    figures = torch.cat([total[-2:], norm[None]])
+    figures = torch.cat([figures, norm[None]])
     # In fp16 the scaler skips steps whose gradient overflows until its scale fits; below 1 that is not the reason.
     forgiven = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
     told = Update(state.step + 1, figures, forgiven)
@@ -213,37 +215,29 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _exact_sum(
-    ranks: World,
-    batch: Batch,
-    global_batch_size: int,
-    gradient: Callable[[Batch], Tensor],
-    optimizer: torch.optim.Optimizer,
+    state: State, ranks: World, batch: Batch, loss_of: Callable[[Batch], Tensor], global_batch_size: int, stop: bool
 ) -> Tensor:
-    """The sum of the flat gradients of all micro-batches, in their order.
+    """Sum the gradients of all micro-batches in their order, and loss and stop flag, which are returned.
 
     Each rank fills its own rows of a table of zeros; adding zeros changes no bit, so one all-reduce gathers them.
     """
-    rows: dict[int, Tensor] = {}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    sizes = [p.numel() for p in parameters]
+    table = torch.zeros(MICRO_BATCHES, sum(sizes) + 2, device=ranks.device)
     start = 0
     for micro in ranks.share(MICRO_BATCHES):
         size = len(micro_batch(micro, global_batch_size))
         if size:
-            rows[micro] = gradient(batch.rows(start, start + size))
-            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(batch.rows(start, start + size))
+            state.scaler.scale(loss).backward()
+            flat = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+            table[micro] = torch.cat([*flat, loss.detach()[None], loss.new_full((1,), float(stop))])
+            state.optimizer.zero_grad(set_to_none=True)
         start += size
-    width = sum(p.numel() for group in optimizer.param_groups for p in group["params"]) + 2
-    table = torch.zeros(MICRO_BATCHES, width, device=ranks.device)
-    for micro, row in rows.items():
-        table[micro] = row
     ranks.sum(table)
     total = table[0].clone()
     for row in table[1:]:
         total += row
-    return total
-
-
-def _write_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
-    offset = 0
-    for parameter in parameters:
-        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
+    for parameter, part in zip(parameters, total.split([*sizes, 2])):
+        parameter.grad = part.view_as(parameter)
+    return total[-2:]

@@ -53,6 +53,13 @@ class Path:
         alpha_dot, sigma_dot = self.alpha_dot(t), self.sigma_dot(t)
         return (alpha * v - alpha_dot * x) / (sigma * (alpha_dot * sigma - alpha * sigma_dot))
 
+    def end_point(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Where the straight way of data and noise leads, from the velocity v at (x, t): solves x_t and u_t for x1."""
+        t = _per_sample(t, x)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha_dot, sigma_dot = self.alpha_dot(t), self.sigma_dot(t)
+        return (sigma * v - sigma_dot * x) / (alpha_dot * sigma - alpha * sigma_dot)
+
 
 class LinearPath(Path):
     """x_t = t·x1 + (1 − t)·x0: SiT's and FlowTurbo's default (rectified flow)."""

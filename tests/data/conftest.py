@@ -1,4 +1,8 @@
 import hashlib
+import io
+import json
+import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -50,3 +54,33 @@ def cached():
         return cache_latents(data, encoder or Encoder(), "tiny", root, options, world)
 
     return cache
+
+
+def pack_zip(files, path, method=zipfile.ZIP_STORED):
+    """Write the files {name: bytes} as a zip."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def pack_tar(files, path, format=tarfile.GNU_FORMAT):
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def pack_parquet(columns, path, features=None, rows_in_group=3):
+    """Write columns as a parquet table, with what Hugging Face's datasets say of them."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(columns)
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(table, path, row_group_size=rows_in_group)
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The writers of packed files, by their suffixes."""
+    return {".zip": pack_zip, ".tar": pack_tar, ".parquet": pack_parquet}

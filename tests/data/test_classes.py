@@ -9,6 +9,7 @@ from flowturbo.data.classes import (
     ClassNames,
     assign_classes,
     class_index,
+    class_label,
     imagenet_names,
     read_class_map,
     sort_folders,
@@ -248,3 +249,10 @@ def test_class_maps_that_are_no_files_are_named(tmp_path):
     for name in ("pipe", "gone", "."):
         with pytest.raises(ValueError, match="cannot read class map"):
             read_class_map(tmp_path / name)
+
+
+def test_what_stands_under_a_picture():
+    own = ClassNames(("cat", "", "tabby, tiger cat"), (1, 0, 2))
+    assert [class_label(k, 3, own) for k in range(3)] == ["cat", "class 1", "tabby, tiger cat"]
+    assert class_label(7, 10) == "class 7"
+    assert [class_label(k, 1000) for k in (207, 980)] == ["golden retriever", "volcano"]

@@ -73,3 +73,19 @@ def test_captions_stand_above_their_rows_and_are_not_cut():
     long = grid([row], ["a caption that is much wider than the one image that it belongs to"])
     assert long.width > 300
     assert (np.asarray(long)[:, -2:] == 255).all()
+
+
+def test_labels_stand_below_their_images_and_are_cut_to_their_width():
+    rows = [torch.zeros(2, 3, 64, 64, dtype=torch.uint8)] * 2
+    bare, labelled = grid(rows), np.asarray(grid(rows, labels=[["cat", ""], ["a name that is wider than it", "dog"]]))
+    line = int(12 * 1.6)
+    assert labelled.shape == (bare.height + 2 * line, bare.width, 3)  # no wider for a long one
+    below = [labelled[k * (64 + 2 + line) + 2 + 64 :][:line] for k in range(2)]
+    assert [(text[:, 2 + c * 66 : 66 + c * 66] < 128).any() for text in below for c in range(2)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert (below[1][:, 66:68] == 255).all()  # the gap between two labels
+    assert grid(rows, labels=[["", ""], ["a", "b"]]).height == bare.height + line  # no line for a row without any

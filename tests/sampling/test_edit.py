@@ -281,7 +281,7 @@ BAD = [
     (["--image", "cat.png", "--noise", "n.pt"], "expected image, or the noise"),
     (["--noise", "gone.pt"], "No such file"),
     (["--noise", "cat.png"], "noise 'cat.png' is no file that inversion writes"),
-    (["--image", "cat.png", "--class", 3, "--steps-picture", "a.mp4"], "must end in .png or .gif"),
+    (["--image", "cat.png", "--class", 3, "--steps-picture", "a.mov"], "must end in .png or .gif or .mp4"),
 ]
 
 

@@ -14,6 +14,7 @@ from flowturbo.networks.compiled import StaticGraphs
 from flowturbo.networks.load import load_network
 from flowturbo.networks.precision import quantize
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.sampling import picture
 from flowturbo.system.advice import advice_for
 from flowturbo.weights.fetch import MissingWeights
 
@@ -22,12 +23,15 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def cells(path, rows, columns, side=32, gap=2):
+SIDE, GAP, LINE = 128, 4, int(12 * 1.6)  # of an image in the picture, beside it, and of a line of text
+
+
+def cells(path, rows, columns, side=SIDE, gap=GAP):
     """The images of a grid without captions, shrunk back to 8x8: (rows, columns, 8, 8, 3)."""
     picture = pixels(path)
     assert picture.shape == (rows * (side + gap) + gap, columns * (side + gap) + gap, 3)
     at = [[(gap + r * (side + gap), gap + c * (side + gap)) for c in range(columns)] for r in range(rows)]
-    return np.stack([np.stack([picture[t : t + side : 4, l : l + side : 4] for t, l in row]) for row in at])
+    return np.stack([np.stack([picture[t : t + side : 16, l : l + side : 16] for t, l in row]) for row in at])
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def draw(pixel_models, tmp_path, capsys):
     def run(*flags, models=pixel_models):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         capsys.readouterr()
-        sample.main([*models, "--device", "cpu", "--out", str(out), *map(str, flags)])
+        sample.main([*models, "--device", "cpu", "--out", str(out), "--no-captions", *map(str, flags)])
         return out, capsys.readouterr().out
 
     return run
@@ -52,7 +56,7 @@ def test_without_weights_one_line_says_what_is_needed(tmp_path, monkeypatch):
     assert said == (
         "no such file: SiT-XL-2-256x256.pt (predictor_ckpt), SiT-XL-2-Refiner.pt (refiner_ckpt); get it with "
         "`python download.py sit-xl-2-256 sit-xl-2-refiner` (from huggingface.co, cloud.tsinghua.edu.cn), or pass a "
-        "local path with --predictor-ckpt and --refiner-ckpt"
+        "local path with --predictor-ckpt and --refiner-ckpt, or take --model colour, which comes with the package"
     )
     assert not (tmp_path / "cache").exists()
 
@@ -89,18 +93,16 @@ def test_the_pictures_are_what_the_sampler_computes(draw, pixel_models, batch):
 
 
 def test_compare_draws_one_captioned_row_per_sampler(draw):
-    out, said = draw("--compare", "H2", "h1p2", "[H1R1]x2", "E3", "dopri5", "sde5", "--classes", 1, 2, 3)
+    flags = ["--classes", 1, 2, 3, "--captions"]
+    out, said = draw("--compare", "H2", "h1p2", "[H1R1]x2", "E3", "dopri5", "sde5", *flags)
     counts = dict(re.findall(r"^(\S+)   (.+?) evaluations(?:, \d+ rows)?   cfg 4   \S+ ms/image$", said, re.MULTILINE))
     dopri5 = counts.pop("dopri5")
     assert counts == {"H2": "4", "H1P2": "4", "H1R1H1R1": "4 + 4", "E3": "3", "sde5": "5"}
     assert int(dopri5) > 12
-    font = 12
-    assert Image.open(out).height == 6 * (32 + 2 + int(font * 1.6)) + 2
-    same, _ = draw("--compare", "H2", "H2", "--classes", 1, 2, 3)
-    rows = pixels(same)
-    height = 32 + 2 + int(font * 1.6)
-    top = 2 + int(font * 1.6)
-    assert np.array_equal(rows[top : top + 32], rows[top + height : top + height + 32])  # from the same noise
+    assert Image.open(out).height == 6 * (SIDE + GAP + LINE) + GAP + LINE  # names below the last row alone
+    rows = pixels(draw("--compare", "H2", "H2", *flags)[0])
+    first, second = (rows[GAP + LINE + k * (SIDE + GAP + LINE) :][:SIDE] for k in range(2))
+    assert np.array_equal(first, second)  # from the same noise
 
 
 def test_every_sampler_lands_near_the_exact_solution(draw):
@@ -181,15 +183,20 @@ def test_a_models_own_classes_have_names(save_network, draw, tmp_path):
         draw("--classes", "hors", models=models)
 
 
-def test_classes_with_names_have_their_rows_and_captions(save_network, draw, tmp_path):
+def test_classes_with_names_have_their_rows_and_labels(save_network, draw, tmp_path):
     """Nine images of class 2 in two rows under its name, eight of class 0 in one."""
     predictor = save_network(tmp_path / "p", SiT, classes=["cat", "dog", "horse"], in_channels=3, num_classes=3)
     models = ["--predictor-ckpt", str(predictor), "--vae-ckpt", "none", "--schedule", "E1"]
-    out, _ = draw("--classes", "horse", "cat", "--num-images", 17, models=models)
-    side, gap, head = 96, 3, int(12 * 1.6)
-    assert Image.open(out).size == (8 * (side + gap) + gap, 3 * (side + gap + head) + gap)
-    captions = [pixels(out)[gap + r * (side + gap + head) :][:head].min() for r in range(3)]
-    assert [level < 128 for level in captions] == [True, False, True]
+    flags = ["--classes", "horse", "cat", "--num-images", 17, "--captions"]
+    out, _ = draw(*flags, models=models)
+    assert Image.open(out).size == (8 * (SIDE + GAP) + GAP, 3 * (SIDE + GAP + LINE) + GAP)
+    lines = [pixels(out)[GAP + SIDE + r * (SIDE + GAP + LINE) :][:LINE] for r in range(3)]
+    written = [[bool(line[:, c * (SIDE + GAP) :][:, :SIDE].min() < 128) for c in range(8)] for line in lines]
+    assert written == [[True] * 8, [True] + [False] * 7, [True] * 8]
+    bare, _ = draw(*flags[:-1], models=models)
+    assert Image.open(bare).size == (8 * (SIDE + GAP) + GAP, 3 * (SIDE + GAP) + GAP)
+    few, _ = draw("--classes", "horse", "cat", "--num-images", 2, models=models)
+    assert Image.open(few).size == (2 * (SIDE + GAP) + GAP, SIDE + 2 * GAP)  # one of each: no row of its own
 
 
 def test_a_model_of_the_package_is_drawn_by_its_name(tmp_path, capsys):
@@ -212,17 +219,19 @@ def test_public_checkpoints_and_a_latent_model_make_images(randomise, vae_folder
     models = ["--predictor_ckpt", str(tmp_path / "p"), "--refiner_ckpt", str(tmp_path / "r")]
     out, said = draw("--classes", 1, 2, models=[*models, "--vae_ckpt", str(vae_folder)])
     assert "H1P5R3   7 + 6 evaluations" in said
-    assert pixels(out).shape == (36, 70, 3)
+    assert pixels(out).shape == (SIDE + 2 * GAP, 2 * (SIDE + GAP) + GAP, 3)
 
 
 def test_the_file_is_named_after_the_settings(pixel_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sample.main([*pixel_models, "--schedule", "[h1]x2", "--cfg-scale", "1.5", "--seed", "3", "--device", "cpu"])
-    sample.main([*pixel_models, "--compare", "H1", "E1", "--num-images", "2", "--device", "cpu"])
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {
-        "H2-cfg1.5-seed3.png",
-        "H1-vs-E1-cfg4-seed0.png",
-    }
+    models = ["--model", "digits", "--classes", "3"]
+    sample.main([*models, "--schedule", "[h1]x2", "--cfg-scale", "1.5", "--seed", "3"])
+    sample.main([*models, "--compare", "H1", "E1", "--num-images", "2"])
+    sample.main([*pixel_models, "--schedule", "E1"])
+    names = {p.name for p in (tmp_path / "samples").iterdir()}
+    own = {name for name in names if name.startswith("predictor.pt-E1-cfg4-seed0-refiner-refiner.pt-vae-none-")}
+    assert names == {"digits-H2-cfg1.5-seed3-of-3.png", "digits-H1-vs-E1-cfg1-seed0-of-3-images2.png", *own}
+    assert len(own) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,14 +314,14 @@ def test_a_place_that_takes_no_file_is_named(pixel_models, tmp_path):
 @pytest.fixture
 def untimed(monkeypatch, compiler):
     """Graphs without code generation, and the names of what was sampled with them."""
-    sampled, original = [], sample.sample_row
+    sampled, original = [], picture.sample_row
 
-    def counted(sampler, *rest):
+    def counted(sampler, *rest, **named):
         compiled = isinstance(sampler.sampler.engine, StaticGraphs)
         sampled.append(str(sampler) if compiled else f"{sampler} eager")
-        return original(sampler, *rest)
+        return original(sampler, *rest, **named)
 
-    monkeypatch.setattr(sample, "sample_row", counted)
+    monkeypatch.setattr(picture, "sample_row", counted)
     with compiler("eager"):
         yield sampled
 
@@ -341,9 +350,8 @@ def test_compared_samplers_are_timed_after_their_compilation(draw, untimed):
     assert re.match(r"H2 compiled   4 evaluations, 8 rows   .* ms/image$", h2)
     assert re.match(r"P2R1 compiled   3 \+ 2 evaluations, 10 rows   .* ms/image$", p2r1)
     eager, _ = draw(*flags[:-1])
-    height, top = 32 + 2 + int(12 * 1.6), 2 + int(12 * 1.6)
     for row in (0, 1):
-        place = slice(top + row * height, top + row * height + 32), slice(0, 3 * 34)  # captions may be wider
+        place = slice(GAP + row * (SIDE + GAP), (row + 1) * (SIDE + GAP))
         assert pixels(eager)[place].std() > 10
         assert np.abs(pixels(compiled)[place] - pixels(eager)[place]).max() <= 1
 

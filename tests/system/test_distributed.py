@@ -1,14 +1,10 @@
 import os
 import signal
-import socket
-import sys
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 
-from flowturbo.system import cli
 from flowturbo.system.advice import advice_for
 from flowturbo.system.distributed import World, pick_device, world
 from flowturbo.weights.cache import MissingWeights
@@ -97,51 +93,6 @@ def test_without_cuda_its_devices_are_not_there(monkeypatch):
 
 
 # ---- several ranks
-
-
-class Ranks:
-    """What forked ranks have come to: exit codes, and the lines that they told, in order."""
-
-    def __init__(self, folder, main, size, timeout=30.0):
-        """Fork processes that run main(World) as a script does under torchrun."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        log = folder / "log"
-        pids = [self._fork(rank, size, port, timeout, log, main) for rank in range(size)]
-        self.codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        self.text = log.read_text()
-        self.lines = self.text.splitlines()
-
-    def _fork(self, rank, size, port, timeout, log, main):
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            place = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-            os.environ["TORCHELASTIC_ERROR_FILE"] = str(log.parent / str(rank) / "error.json")
-            signal.alarm(60)
-            sys.argv = ["script.py"]
-            file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
-
-            def script():
-                with world("cpu", timeout=timedelta(seconds=timeout)) as ranks:
-                    main(ranks)
-
-            cli.run_script(script)
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code)
-        finally:
-            os._exit(70)
-
-
-@pytest.fixture
-def forked(tmp_path):
-    """forked(main, size, timeout=30) -> Ranks that have ended."""
-    return lambda main, size, **options: Ranks(tmp_path, main, size, **options)
 
 
 def test_ranks_agree_and_add_up(forked):

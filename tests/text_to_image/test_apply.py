@@ -2,15 +2,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import new_pipeline, new_transformer, noise_for, prompt_for, random_weights, run, velocity_of
+from tiny import (
+    BRANCHES,
+    NAMES,
+    assert_equal,
+    new_pipeline,
+    new_transformer,
+    noise_for,
+    prompt_for,
+    random_weights,
+    run,
+    velocity_of,
+)
 
 from flowturbo import Schedule
 from flowturbo.networks.calls import CallCounter
 from flowturbo.text_to_image import apply_flowturbo, refiner_from, remove_flowturbo
 from flowturbo.text_to_image.families import network_of
 from flowturbo.transport.blocks import REFINER_STEPS, integrate
-
-NAMES = ["SD3", "Flux", "Lumina2", "Sana", "StableDiffusion"]
 
 
 def settings_for(name):
@@ -76,13 +85,13 @@ def test_refiner_blocks_equal_transport(name, schedule, refiner_step, more):
     with CallCounter(refiner) as of_refiner:
         found = run(name, pipe, latents, scheduler.evaluations, **more)
     again = run(name, pipe, latents, scheduler.evaluations, **more)
-    calls = 2 if name == "Lumina2" or "true_cfg_scale" in more else 1
+    calls = 2 if "true_cfg_scale" in more else BRANCHES.get(name, 1)
     assert of_refiner.count == calls * Schedule.parse(schedule).evaluations(refiner_step)[1]
     assert torch.equal(found, again)  # nothing of a call is left for the next one
     remove_flowturbo(pipe)
     steps = Schedule.parse(schedule).plan(refiner_step, scheduler._grid)
     reference = expected(name, pipe, refiner, steps, latents, **more)
-    torch.testing.assert_close(found, reference, rtol=1e-5, atol=2e-5)
+    assert_equal(found, reference)
     assert not torch.allclose(found, run_without_refinement(name, schedule, refiner_step, more), atol=1e-3)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import new_pipeline, noise_for, prompt_for, velocity_of
+from tiny import NAMES, new_pipeline, noise_for, prompt_for, velocity_of
 
 from flowturbo.data.loader import Batch
 from flowturbo.text_to_image.captions import Draws
@@ -12,8 +12,6 @@ from flowturbo.text_to_image.families import family_of, network_of, pack, unpack
 from flowturbo.text_to_image.objective import CaptionObjective, shifted
 from flowturbo.text_to_image.refined import refiner_from
 from flowturbo.transport import Grid
-
-NAMES = ["SD3", "Flux", "Lumina2", "Sana", "StableDiffusion"]
 
 
 def conditions_for(name):
@@ -26,8 +24,9 @@ def test_velocity_is_the_pipelines(name):
     network = network_of(pipe)
     family = family_of(network)
     x = noise_for(name)
-    guidance = 3.0 if name == "Flux" else 1.0
-    expected = velocity_of(name, pipe, family.sign if name == "StableDiffusion" else 1, guidance_scale=guidance)(x, 0.7)
+    guidance = 3.0 if name in ("Flux", "Flux2") else 1.0
+    settings = {"true_cfg_scale": 1.0} if name == "QwenImage" else {"guidance_scale": guidance}
+    expected = velocity_of(name, pipe, family.sign if name == "StableDiffusion" else 1, **settings)(x, 0.7)
     latents = unpack(x, (1, 4, 8, 8)) if family.packed else x
     sigma = torch.tensor([0.7])
     found = velocity(network, latents, sigma, conditions_for(name), torch.tensor([guidance]))

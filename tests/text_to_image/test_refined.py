@@ -15,6 +15,10 @@ PUBLISHED = {  # millions of parameters: the network's, its refiner's
     "FluxTransformer2DModel": (11901.4, 404.0, {"guidance_embeds": True}),
     "Lumina2Transformer2DModel": (2609.7, 96.7, {"hidden_size": 2304, "num_layers": 26, "cap_feat_dim": 2304}),
     "SanaTransformer2DModel": (1604.5, 124.0, {}),
+    "QwenImageTransformer2DModel": (20430.4, 380.6, {}),
+    "AuraFlowTransformer2DModel": (6833.4, 378.5, {}),
+    "ChromaTransformer2DModel": (8900.0, 518.0, {}),
+    "Flux2Transformer2DModel": (32223.3, 1798.6, {}),
     "UNet2DConditionModel": (859.5, 43.50, {"sample_size": 64, "cross_attention_dim": 768}),
 }  # fmt: skip
 
@@ -74,6 +78,8 @@ def arguments_for(name):
         call |= {"img_ids": torch.zeros(16, width), "txt_ids": torch.zeros(5, width)}
     if name in ("Flux", "Flux2"):
         call["guidance"] = torch.ones(2)
+    if name == "QwenImage":
+        call["img_shapes"] = [[(1, 4, 4)]] * 2
     if name == "Chroma":
         call["attention_mask"] = torch.ones(2, 21, dtype=torch.bool)
     return call

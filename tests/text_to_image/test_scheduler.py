@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny import PARTS, ClosedForm, new_pipeline, new_transformer, noise_for, prompt_for, run, turbo, velocity_of
+from tiny import (
+    BRANCHES,
+    NAMES,
+    PARTS,
+    ClosedForm,
+    new_pipeline,
+    new_transformer,
+    noise_for,
+    prompt_for,
+    run,
+    turbo,
+    velocity_of,
+)
 
 from flowturbo import FlowTurboScheduler, Schedule
 from flowturbo.networks.calls import CallCounter
@@ -44,7 +56,7 @@ def test_sd3_equals_transport(schedule):
     torch.testing.assert_close(found, expected("SD3", pipe, schedule, latents), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["SD3", "Flux", "Lumina2", "Sana", "StableDiffusion"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", ["H1P3E1", "H2"])
 def test_every_pipeline_equals_transport(name, schedule):
     settings = {"velocity": "data-noise"} if name == "StableDiffusion" else {}
@@ -52,9 +64,9 @@ def test_every_pipeline_equals_transport(name, schedule):
     network = pipe.unet if name == "StableDiffusion" else pipe.transformer
     with CallCounter(network) as calls:
         found = run(name, pipe, latents, evaluations_of(schedule))
-    assert calls.count == evaluations_of(schedule) * (2 if name == "Lumina2" else 1)  # its branches are two calls
+    assert calls.count == evaluations_of(schedule) * BRANCHES.get(name, 1)
     sign = -1 if name == "StableDiffusion" else 1
-    torch.testing.assert_close(found, expected(name, pipe, schedule, latents, sign), rtol=1e-5, atol=1e-5)
+    assert_equal(found, expected(name, pipe, schedule, latents, sign))
 
 
 def test_true_guidance_of_flux_equals_transport():

@@ -50,8 +50,10 @@ TRANSFORMERS = {
         **HEADS, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16, axes_dims_rope=(2, 2, 2, 2),
         timestep_guidance_channels=16,
     ),
+    "QwenImage": dict(
+        **HEADS, in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
+    ),
 }  # fmt: skip
-CLASSES = {"AuraFlow": "AuraFlowTransformer2DModel"}
 SCHEDULERS = {
     "SD3": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "Flux": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -59,14 +61,22 @@ SCHEDULERS = {
     "Sana": diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ),
+    "AuraFlow": FlowMatchEulerDiscreteScheduler(shift=1.73),
+    "Chroma": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    "Flux2": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    "QwenImage": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
     "StableDiffusion": diffusers.PNDMScheduler(steps_offset=1),
 }
 PARTS = {
     "SD3": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
     "Flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-    "Lumina2": ("text_encoder", "tokenizer"),
-    "Sana": ("text_encoder", "tokenizer"),
+    **dict.fromkeys(("Lumina2", "Sana", "AuraFlow", "Flux2", "QwenImage"), ("text_encoder", "tokenizer")),
+    "Chroma": ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"),
     "StableDiffusion": ("text_encoder", "tokenizer", "safety_checker", "feature_extractor"),
+}
+MASKS = {  # what a pipeline calls the mask of its prompts
+    **dict.fromkeys(("Lumina2", "Sana", "AuraFlow", "Chroma"), "prompt_attention_mask"),
+    "QwenImage": "prompt_embeds_mask",
 }
 
 
@@ -104,7 +114,8 @@ def new_pipeline(name, network=None, kind="", scheduler=None):
         network = new_unet() if family == "StableDiffusion" else new_transformer(family)
     parts = dict.fromkeys(PARTS[family])
     parts["unet" if family == "StableDiffusion" else "transformer"] = network
-    parts["vae"] = None if family == "Sana" else new_vae(16 if family == "SD3" else 4)
+    with_vae = family in ("SD3", "Flux", "Lumina2", "StableDiffusion")
+    parts["vae"] = new_vae(16 if family == "SD3" else 4) if with_vae else None
     parts["scheduler"] = scheduler or SCHEDULERS[family]
     more = {"requires_safety_checker": False} if family == "StableDiffusion" else {}
     names = {"SD3": "StableDiffusion3"}
@@ -120,21 +131,17 @@ def prompt_for(name, rows=1, negative=True):
     def draw(*shape):
         return torch.randn(rows, *shape, generator=generator)
 
-    wanted = {
-        "SD3": {"prompt_embeds": (5, 16), "pooled_prompt_embeds": (16,)},
-        "Flux": {"prompt_embeds": (5, 16), "pooled_prompt_embeds": (16,)},
-        "Lumina2": {"prompt_embeds": (5, 16)},
-        "Sana": {"prompt_embeds": (5, 16)},
-        "StableDiffusion": {"prompt_embeds": (5, 16)},
-    }[name]
+    wanted = {"prompt_embeds": (5, 16)}
+    if name in ("SD3", "Flux"):
+        wanted["pooled_prompt_embeds"] = (16,)
     found = {key: draw(*shape) for key, shape in wanted.items()}
     if negative:
         found |= {f"negative_{key}": draw(*shape) for key, shape in wanted.items()}
     if name == "Sana":
         found["negative_prompt"] = None  # its default is a text
-    if name in ("Lumina2", "Sana"):
+    if mask := MASKS.get(name):
         for key in [key for key in found if key.endswith("prompt_embeds")]:
-            found[key.replace("_embeds", "_attention_mask")] = torch.ones(rows, 5, dtype=torch.long)
+            found[key.replace("prompt_embeds", mask)] = torch.ones(rows, 5, dtype=torch.bool)
     return found
 
 
@@ -175,8 +182,14 @@ CALLS = {
     "Flux": ({"height": 16, "width": 16, "guidance_scale": 3.0}, (16, 16)),
     "Lumina2": ({"height": 64, "width": 64, "guidance_scale": 3.0}, (4, 8, 8)),
     "Sana": ({"height": 256, "width": 256, "guidance_scale": 3.0, "use_resolution_binning": False}, (4, 8, 8)),
+    "AuraFlow": ({"height": 64, "width": 64, "guidance_scale": 3.0}, (4, 8, 8)),
+    "Chroma": ({"height": 64, "width": 64, "guidance_scale": 3.0}, (16, 16)),
+    "Flux2": ({"height": 64, "width": 64, "guidance_scale": 3.0}, (16, 16)),
+    "QwenImage": ({"height": 64, "width": 64, "true_cfg_scale": 3.0}, (16, 16)),
     "StableDiffusion": ({"height": 16, "width": 16, "guidance_scale": 3.0}, (4, 8, 8)),
 }
+NAMES = list(CALLS)
+BRANCHES = dict.fromkeys(("Lumina2", "Chroma", "QwenImage"), 2)  # calls of the network at an evaluation, if not one
 
 
 def noise_for(name, rows=1, dtype=torch.float32):
@@ -185,8 +198,10 @@ def noise_for(name, rows=1, dtype=torch.float32):
 
 def run(name, pipe, latents, steps, **more):
     """The latents at the end of a text-to-image call."""
-    prompt = prompt_for(name, len(latents), negative=name != "Flux" or "true_cfg_scale" in more)
+    prompt = prompt_for(name, len(latents), negative=name not in ("Flux", "Flux2") or "true_cfg_scale" in more)
     prompt = {key: value.to(latents) if "embeds" in key else value for key, value in prompt.items()}
+    if name == "Flux2":  # it packs latents that it is given
+        latents = latents.mT.unflatten(2, (4, 4))
     settings = {**CALLS[name][0], **prompt, "latents": latents, "num_inference_steps": steps, **more}
     return pipe(output_type="latent", **settings).images
 
@@ -197,7 +212,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     sigma, init_noise_sigma = 1.0, 1.0
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        self.timesteps = torch.tensor([1000 * self.sigma])
+        self.timesteps = 1000 * torch.tensor([self.sigma])  # rounded as FlowTurboScheduler's
         self.sigmas = torch.tensor([self.sigma, 0.0])
         self._step_index = self._begin_index = None
 
@@ -226,3 +241,8 @@ def turbo(pipe, schedule=None, **settings):
     """The pipeline with FlowTurbo's scheduler."""
     pipe.scheduler = FlowTurboScheduler.from_config(pipe.scheduler.config, schedule=schedule, **settings)
     return pipe
+
+
+def assert_equal(found, reference):
+    """To 1e-5 of the largest value: the tiny networks' answers are not all of size 1."""
+    torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max().clamp(min=1)))

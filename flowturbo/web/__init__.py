@@ -1,0 +1,1 @@
+"""The web page: options, what it computes (studio, edits), how it looks (page), and the server (launch)."""

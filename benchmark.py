@@ -8,7 +8,8 @@ Usage:
   python benchmark.py --train --ranks 2        # steps of predictor training, beside DistributedDataParallel
   python benchmark.py --startup                # how long --help and imports take
   python benchmark.py --quality --cfg-scale 1  # samplers of a trained model at equal evaluations, with their errors
-  python benchmark.py --reproduce              # the paper's table anew; flags: --reproduce --help
+  python benchmark.py --reproduce              # the paper's table anew; its flags: --reproduce --help
+  python benchmark.py --reproduce --num-samples 1000 --schedules H8 H1P5R3
 
 Weights are random, but for the last two: speed does not depend on them. All variants run in turn in one process, on the
 same inputs. On a CPU the defaults are small (3 blocks, one image, three schedules) and one thread is timed by its

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch._inductor.utils
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import Keep, Roofline, Timing, interleave, kernel_seconds, peak_memory
+from benchmarks.measure import Keep, Roofline, Timing, interleave, kernel_seconds, peak_memory, stopwatch
 from benchmarks.options import Plan
 from benchmarks.published import tf32
 from benchmarks.report import LEGEND, Row, against_paper, ratios, tables
@@ -99,11 +100,11 @@ class Group:
                 known[name] |= self.times(timing)
             tell()
 
-        rounds = {"repeats": plan.repeats, "warm_up": plan.warm_up}
-        timings = interleave(calls, plan.device, **rounds, title=str(self), on_round=on_round)
+        timed = partial(interleave, device=plan.device, repeats=plan.repeats, warm_up=plan.warm_up)
+        timings = timed(calls, title=str(self), on_round=on_round)
         variants = list(dict.fromkeys(variant for variant, _ in calls))
         parts = self.parts(variants)
-        spent = interleave(parts, plan.device, **rounds, title="parts")
+        spent = timed(parts, title="parts")
         kernels = bare_seconds(plan, self.networks, self.batch_size)
         return [self.row(name, known[name], timing, spent, kernels) for name, timing in timings.items()]
 
@@ -131,10 +132,9 @@ class Group:
                 tqdm.write(f"{variant}: left out: {cli.one_line(reason)}")
                 left_out.add(variant)
                 continue
-            first, begin = time.perf_counter() - begin, time.perf_counter()
-            values = run.values()
-            once = Timing([time.perf_counter() - begin])
-            difference = error(values, exact[schedule])
+            first, made = time.perf_counter() - begin, list[Tensor]()
+            once = Timing([stopwatch(self.plan.device)(lambda run=run, made=made: made.append(run.values()))])
+            difference = error(made[0], exact[schedule])
             held = peak_memory(without_recording(run), self.plan.device)
             known[name] = {
                 **{"variant": variant, "schedule": schedule, "batch_size": self.batch_size, "decode": self.decode},

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from flowturbo.models import RunBlock, SiT, run_block
 from flowturbo.networks.kept_code import kept_code
-from flowturbo.networks.patches import PatchNetwork, Place, block_step
-from flowturbo.transport.blocks import Block, State, Step
+from flowturbo.networks.patches import PatchNetwork, Place, block_step, padded, padded_weights
+from flowturbo.transport.blocks import State
 from flowturbo.transport.editing import Known, Source
 from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import FlowTurbo
@@ -58,10 +58,20 @@ class StaticGraphs:
             self.run = dict.fromkeys(self.networks, compiled_block())
         self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
+        self._shapes: set[torch.Size] = set()  # that have been sampled
         self._numbers: dict[tuple[torch.device, torch.dtype], Numbers] = {}
 
     def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
+        result = self._recorded(z, y, source)
+        if z.shape not in self._shapes:
+            self._shapes.add(z.shape)
+            if code := kept_code():
+                code.record()  # now, since not every process comes to an orderly end
+        return result
+
+    def _recorded(self, z: Tensor, y: Tensor, source: Source | None) -> Tensor:
+        """As `_sample`, by a recording of it where there can be one."""
         self._tensors(z)
         if not (z.is_cuda and self.recording):
             return self._sample(z, y, source)
@@ -170,31 +180,6 @@ class Numbers(NamedTuple):
     weights: list[list[list[Tensor | None]]]  # as in a Step
     instants: list[list[Instant]]
     scale: Tensor
-
-
-def padded(handed: list[Tensor], count: int, x: Tensor, width: int) -> list[Tensor]:
-    """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all.
-
-    `width`: the rows of a velocity where none is there.
-    """
-    rows = len(handed[0]) if handed else width
-    # Each a tensor of its own: a graph is made for inputs that are the same or not.
-    return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
-
-
-def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
-    """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
-    widest: dict[Block, Step] = {}
-    for step in steps:
-        if len(step.takes) >= len(widest.get(step.block, step).takes):
-            widest[step.block] = step
-    padded = []
-    for step in steps:
-        most = widest[step.block]
-        missing = len(most.takes) - len(step.takes)
-        rows = zip(most.weights, step.weights)
-        padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
-    return padded
 
 
 @torch.compiler.nested_compile_region

@@ -198,12 +198,12 @@ def test_the_table_of_schedules(tmp_path, capsys, precision, generated, request)
 def test_an_interrupted_measurement_leaves_what_it_has(tmp_path, monkeypatch, quick_compiler):
     out, run = tmp_path / "bench.json", sampling.interleave
 
-    def stopped(calls, device, **rounds):
+    def stopped(calls, **rounds):
         def on_round(timings):
             rounds["on_round"](timings)
             raise KeyboardInterrupt
 
-        return run(calls, device, **{**rounds, "on_round": on_round})
+        return run(calls, **{**rounds, "on_round": on_round})
 
     monkeypatch.setattr(sampling, "interleave", stopped)
     flags = ["--schedules", "H1", "--no-decode", "--precision", "fp32", "--json", str(out)]

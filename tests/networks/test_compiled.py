@@ -316,14 +316,14 @@ def test_no_graph_is_traced_twice(compiler, dtype, tiny, batch):
     torch._dynamo.reset()
     z, y = batch(2)
     networks = [copy.deepcopy(network).to(dtype) for network in tiny]
-    quick, eager = both(networks, "H1P1R1")
+    before = counters["aot_autograd"]["total"]
     with compiler("aot_eager"):
         quick, eager = both(networks, "H1P1R1")
         latents = quick.sample(z.to(dtype), y)
     assert latents.dtype == dtype
     assert_equal(latents, eager.sample(z.to(dtype), y))
     if dtype == torch.float32:
-        assert counters["aot_autograd"]["total"] == len("HPR")
+        assert counters["aot_autograd"]["total"] - before == len("HPR")
 
 
 # What is computed, and what is held

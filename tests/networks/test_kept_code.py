@@ -125,3 +125,51 @@ def test_where_a_process_compiles(tmp_path, place):
         "unusable": ("False", usual_place()),
     }
     assert (used, where) == expected[place], done.stderr
+
+
+SAMPLE = """
+import sys, torch
+from flowturbo.models import SiT
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.transport import FlowTurbo
+torch.manual_seed(0)
+network = SiT(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10).eval()
+z, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+with torch.no_grad():
+    for parameter in network.parameters():
+        parameter.normal_(std=0.2)
+    compiled, eager = (FlowTurbo(network, None, "H1", engine=engine).sample(z, y) for engine in (StaticGraphs, None))
+print(float((compiled - eager).abs().max()))
+"""
+
+
+@pytest.mark.slow
+def test_a_later_process_compiles_nothing_and_survives_damage(tmp_path):
+    """With the real compiler: once, again, with damaged files, and two at once."""
+    environment = {**os.environ, "FLOWTURBO_CACHE": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    environment.pop(module.VARIABLE)
+    folder = tmp_path / "compiled" / machine()
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", SAMPLE], env=environment, stdout=subprocess.PIPE, text=True)
+
+    def code():
+        return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.so")}
+
+    def finish(*processes):
+        for process in processes:
+            out, _ = process.communicate(timeout=300)
+            assert process.returncode == 0
+            assert float(out) < 1e-5
+
+    finish(start())
+    made = code()
+    assert made
+    finish(start())
+    assert code() == made
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    finish(start(), start())
+    assert code().keys() == made.keys()
+    assert all(time != made[path] for path, time in code().items())

@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo demo-from-scratch demo-text test test-slow torture check setup clean
+.PHONY: demo demo-from-scratch demo-text test test-slow torture check docs setup clean
 
 demo: $(READY)
 	$(RUN) demo.py
@@ -34,6 +34,9 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 setup: $(READY)
 
 $(READY): pyproject.toml
@@ -47,4 +50,4 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo demo-text build *.egg-info
+	rm -rf $(VENV) demo demo-text build site *.egg-info

@@ -1,8 +1,9 @@
-"""FlowTurbo in a few minutes: real images, a trained predictor, a refiner trained on the spot, and the figures.
+"""FlowTurbo in a few minutes: pictures in colour, then real images, a refiner trained on the spot, and the figures.
 
-Writes scikit-learn's 1 797 handwritten digits as a folder of classes, trains a velocity refiner for the predictor
-that comes with the package through torchrun, samples Heun and FlowTurbo schedules from the same noise with
-sample_ddp_feature.py, measures them with evaluator.py, and draws them side by side.
+Draws a grid of the colour model that comes with the package. Then writes scikit-learn's 1 797 handwritten digits as a
+folder of classes, trains a velocity refiner for the predictor that comes with the package through torchrun, samples
+Heun and FlowTurbo schedules from the same noise with sample_ddp_feature.py, measures them with evaluator.py, and draws
+them side by side.
 
 Usage:
   python demo.py                   # or: make demo
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 PREDICTOR, REFINER = PACKAGED / MODELS["digits"].predictor_ckpt, PACKAGED / MODELS["digits"].refiner_ckpt
 BOOTSTRAP = 50
+COLOURS = ("flag", "face-smiling", "person-role", "food-sweet")  # classes of the colour model, four pictures of each
 
 # (schedule, form of the R block). Beside each refiner stand its rivals: the line through the velocities at hand in the
 # refiner's place (L), and Adams-Bashforth (A) and the staggered pseudo corrector (M) with as many evaluations in all.
@@ -116,16 +118,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(options.out)
     for old in ("digits", "runs", "samples"):
         shutil.rmtree(out / old, ignore_errors=True)
+    (out / "digits").mkdir(parents=True)  # by which a next run knows the folder
 
-    print("1. the data: 1 797 handwritten digits, 8x8 pixels, 10 classes")
+    draw_colours(out / "colour.png")
+    print("2. the data: 1 797 handwritten digits, 8x8 pixels, 10 classes")
     images, labels = write_digits(out / "digits")
     predictor = PREDICTOR
     if options.from_scratch:
-        print("2a. training the predictor")
+        print("3a. training the predictor")
         predictor = train(out, "predictor", PREDICTOR_FLAGS)
         if options.update_assets:
             predictor = keep_as_asset(predictor, PREDICTOR)
-    print(f"2. training a velocity refiner for {predictor}")
+    print(f"3. training a velocity refiner for {predictor}")
     steps = ["--steps", str(options.refiner_steps)] if options.refiner_steps else []
     refiner = train(out, "refiner", ["--model-teacher-ckpt", str(predictor), *REFINER_FLAGS, *steps])
     if options.update_assets:
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from flowturbo.data.pictures import grid, save_png
 
-    print(f"3. sampling {options.num_images} images with each of {len(ROWS)} schedules, all from the same noise")
+    print(f"4. sampling {options.num_images} images with each of {len(ROWS)} schedules, all from the same noise")
     networks = NetworkOptions(str(predictor), str(refiner), vae_ckpt="none")
     results, pictures = [], []
     with open(out / "measurements.log", "w", encoding="utf-8") as log:
@@ -154,7 +158,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(table(results))
     print("\n" + verdict(results))
-    print(f"\nLook at {picture}")
+    print(f"\nLook at {out / 'colour.png'} and {picture}")
+
+
+def draw_colours(path: Path) -> None:
+    """A grid of the colour model: nothing has to be trained or downloaded for it."""
+    from flowturbo.sampling import PictureOptions, load_bundled, make_picture
+
+    model = MODELS["colour"]
+    print(f"1. the colour model, {model.about}")
+    what = PictureOptions(model.schedule, classes=COLOURS, num_images=4 * len(COLOURS))
+    made = make_picture(load_bundled("colour", False), what, SamplingOptions(cfg_scale=model.cfg_scale, seed=1))
+    made.save(path)
+    print(f"   {made.rows[0].caption()}\n   look at {path}")
 
 
 def write_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:

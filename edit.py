@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from flowturbo.sampling.solvers import check_made_for
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
+from flowturbo.system.values import rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowturbo.sampling.editing import Edited
+    from flowturbo.sampling.editing import Edited, Editor
     from flowturbo.sampling.generate import Networks
 
 
@@ -96,15 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_images(out, editors[0].restore(given.noise))
     else:
         tell_of_crop(files, options, given, networks)
-        made = [editor.edit(given.image, given.mask) for editor in editors]
-        captions = [caption(each, result, sampling) for each, result in zip(variants, made)]
-        print("\n".join(captions))
+        made, captions = edit_with_each(editors, given, sampling, network_options.compile)
         if files.compare:
             save_comparison(out, made, captions)
         else:
             save_images(out, made[0].images)
         if files.steps_picture:
-            save_steps(Path(files.steps_picture), made, captions)
+            save_steps(Path(files.steps_picture), [strip(*each) for each in zip(editors, made)], captions)
 
 
 def default_name(files: FileOptions, options: EditOptions) -> str:
@@ -150,18 +150,42 @@ def read_inputs(files: FileOptions) -> Inputs:
 
 def tell_of_crop(files: FileOptions, options: EditOptions, given: Inputs, networks: Networks) -> None:
     """Say so where the model does not see the whole image."""
+    from flowturbo.data.masks import share_outside
+
     size = networks.image_size
     height, width = given.image.shape[1:]
     if (height, width) != (size, size):
         then = "and put back" if options.keep_size else "as in training (--keep-size puts the result back)"
         print(f"{files.image}: {width} x {height} pixels, cropped to {size} x {size} {then}")
+        if given.mask is not None and 0 < (outside := share_outside(given.mask)) < 1:
+            print(f"{files.mask}: {rounded(100 * outside)} % of what is white lies outside the crop, and is kept")
 
 
-def caption(options: EditOptions, made: Edited, sampling: SamplingOptions) -> str:
-    """Schedule, evaluations and guidance of a row."""
-    predictor, refiner = made.evaluations
-    count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
-    return f"{options.sampler}   {count} evaluations   cfg {sampling.cfg_scale:g}"
+def edit_with_each(
+    editors: Sequence[Editor], given: Inputs, sampling: SamplingOptions, compiled: bool
+) -> tuple[list[Edited], list[str]]:
+    """What each editor makes of the image, and the captions: schedule, evaluations, guidance and time, from bytes to
+    bytes."""
+    if len(editors) > 1:  # so that no row's time contains the device's start-up or a compilation
+        for editor in editors if compiled else editors[:1]:
+            editor.edit(given.image, given.mask)
+    made, captions = [], []
+    for editor in editors:
+        start = time.perf_counter()
+        made.append(editor.edit(given.image, given.mask))
+        ms = rounded(1000 * (time.perf_counter() - start) / len(made[-1].images))
+        predictor, refiner = made[-1].evaluations
+        count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
+        captions.append(f"{editor.sampler}   {count} evaluations   cfg {sampling.cfg_scale:g}   {ms} ms/image")
+        print(captions[-1] + (", compilation included" if compiled and len(editors) == 1 else ""))
+    return made, captions
+
+
+def strip(editor: Editor, made: Edited) -> Tensor:
+    """The first result after each step, uint8 (steps + 1, C, h, w)."""
+    import torch
+
+    return torch.cat([editor.decode(state[:1]) for state in made.steps])
 
 
 def save_images(out: Path, images: Tensor) -> None:
@@ -182,13 +206,12 @@ def save_comparison(out: Path, made: Sequence[Edited], captions: Sequence[str]) 
     print(f"saved {out}")
 
 
-def save_steps(out: Path, made: Sequence[Edited], captions: Sequence[str]) -> None:
-    """The trajectories of the first results: a row for each, or moving pictures."""
+def save_steps(out: Path, strips: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """The trajectories of the first results, each (steps + 1, C, H, W): a row for each, or moving pictures."""
     from flowturbo.data.moving import save_moving
     from flowturbo.data.pictures import grid
 
-    trajectories = [[state[:1] for state in each.steps] for each in made]
-    save_moving(out, trajectories, lambda states: grid(states, captions), captions)
+    save_moving(out, [strip.split(1) for strip in strips], lambda states: grid(states, captions), captions)
     print(f"saved {out}")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.editing import EditingOptions, read_data
 from flowturbo.sampling.edit_options import EditOptions
 from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import parse_sampler
@@ -44,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from benchmarks.judges import read_data
     from flowturbo.data.pictures import grid, save_png
     from flowturbo.sampling.editing import edit
     from flowturbo.sampling.generate import find_files, load_networks
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = load_networks(
         network_options, find_files(network_options, parse_sampler(options.schedule).needs_refiner)
     )
-    data = read_data(EditingOptions(options.data_path), networks)
+    data = read_data(options.data_path, 0, networks)
     classes = [label for label in range(networks.predictor.num_classes) if (data.labels == label).any()]
     labels = [classes[k % len(classes)] for k in range(options.images)]
     chosen = [of_class(data.labels, label, options.first + k // len(classes)) for k, label in enumerate(labels)]

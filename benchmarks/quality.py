@@ -26,8 +26,8 @@ from flowturbo.evaluation.features import extract
 from flowturbo.evaluation.sides import Side
 from flowturbo.networks.compiled import StaticGraphs, static_graph
 from flowturbo.networks.load import load_network
-from flowturbo.planning.fidelity import Draws, Estimate, Fidelity, fine_end_points, pixels
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.sampling.fidelity import Draws, Estimate, Fidelity, fine_end_points, pixels
 from flowturbo.sampling.generate import Networks, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions
 from flowturbo.sampling.solvers import parse_sampler
@@ -133,8 +133,7 @@ def candidates_of(
         refiner = load_network(VelocityRefiner, file).to(networks.device)
         refined = Networks(networks.predictor, refiner, networks.autoencoder, networks.device, networks.path_type)
         shaped = SamplerSettings(settings.guidance, form, settings.path_type)
-        blocks = Schedule.parse(schedule)
-        free = str(Schedule(blocks.blocks.replace("R", "L"), blocks.grid))
+        free = str(Schedule.parse(schedule).without_refiner("L"))
         if free not in free_rows:
             yield candidate(free, networks, settings, options.compile)
         free_rows.add(free)

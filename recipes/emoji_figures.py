@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.evaluation import GaussianStatistics, ImageFolder, frechet_distance
-from flowturbo.planning.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.sampling.bundled import load_bundled
+from flowturbo.sampling.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.transport.guidance import Guidance
 from flowturbo.transport.schedule import Schedule

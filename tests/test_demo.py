@@ -106,3 +106,23 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="holds something else than a demo: expected another folder"):
         demo.main(["--out", str(tmp_path)])
     assert (tmp_path / "samples").is_dir()
+
+
+@pytest.mark.slow
+def test_the_demo_from_its_first_picture_to_its_verdict(tmp_path, capsys):
+    out = tmp_path / "demo"
+    small = ["--num-images", "20", "--refiner-steps", "5"]
+    demo.main(["--out", str(out), *small])
+    said = capsys.readouterr().out
+    assert [line[:2] for line in said.splitlines() if line[:2] in ("1.", "2.", "3.", "4.")] == ["1.", "2.", "3.", "4."]
+    assert "M11   12 evaluations, 24 rows   cfg 3 " in said
+    assert all(f"\n{schedule}" in said for schedule, _ in demo.ROWS)
+    assert Image.open(out / "colour.png").size == (4 * 132 + 4, 4 * (132 + 19) + 4)
+    assert Image.open(out / "comparison.png").width > 600
+
+
+def test_the_demo_begins_with_colours(tmp_path, capsys):
+    demo.draw_colours(tmp_path / "colour.png")
+    assert "1. the colour model, pictures of 32x32 pixels" in capsys.readouterr().out
+    pixels = np.asarray(Image.open(tmp_path / "colour.png"), float)
+    assert np.abs(pixels[..., 0] - pixels[..., 2]).mean() > 10

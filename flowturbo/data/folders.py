@@ -1,9 +1,7 @@
-"""Data as training takes them: a folder with one folder of images per class, or a part of such data."""
+"""Data as training takes them: a folder with one folder of images per class."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +26,6 @@ from flowturbo.data.identity import (
 )
 from flowturbo.data.images import MODES, in_threads, read_image, rules_of
 from flowturbo.data.options import parse_background
-from flowturbo.data.randomness import Stream, keyed_generator
 from flowturbo.data.walk import HIDDEN, SYSTEM, walk
 
 MEMORY_BYTES = 512 * 2**20  # decoded images are kept where the whole data set fits in this
@@ -44,6 +41,10 @@ class TrainingData(Protocol):
     image_size: int
 
     def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What tells an image from the others, wherever the folder lies."""
+        ...
 
     def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         """(image uint8 (C, H, W) or moments float16 (2C, h, w), class index)."""
@@ -115,6 +116,9 @@ class ClassFolder:
     def path(self, index: int) -> str:
         """Where image number `index` lies."""
         return os.path.join(self.root, self.files[index])
+
+    def name(self, index: int) -> str:
+        return self.files[index]
 
     def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         """(image uint8 (C, H, W), class index)."""
@@ -189,51 +193,6 @@ class ClassFolder:
         if all(file.count(os.sep) == 1 for file in files):
             return files
         return sorted(files, key=lambda file: (file.partition(os.sep)[0], *os.path.split(file)))
-
-
-class Subset:
-    """A share of every class of `data`, at least one image of each, drawn from the seed.
-
-    Raises ValueError for a fraction outside (0, 1].
-    """
-
-    def __init__(self, data: TrainingData, fraction: float, seed: int):
-        if not 0 < fraction <= 1:
-            raise ValueError(f"subset {fraction} must lie in (0, 1]")
-        self.data, self.image_size = data, data.image_size
-        self.classes, self.class_indices = data.classes, data.class_indices
-        labels = np.asarray(data.labels)
-        chosen = []
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
-            order = keyed_generator(seed, int(label), Stream.SUBSET).permutation(len(members))
-            chosen.append(members[order[: max(1, round(fraction * len(members)))]])
-        self.numbers = np.sort(np.concatenate(chosen))  # of the images in `data`
-        self.labels = labels[self.numbers].tolist()
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
-        return self.data.read(int(self.numbers[index]), flipped)
-
-    def fingerprint(self) -> str:
-        return self._of(self.data.fingerprint())
-
-    def identity(self) -> Identity:
-        whole = self.data.identity()
-        return dataclasses.replace(
-            whole,
-            fingerprint=whole.fingerprint and self._of(whole.fingerprint),
-            labels=fingerprint_labels(self.labels),
-            fingerprint_of_0_1=whole.fingerprint_of_0_1 and self._of(whole.fingerprint_of_0_1),
-        )
-
-    def read_otherwise(self, rule: str) -> int | None:
-        return self.data.read_otherwise(rule)
-
-    def _of(self, fingerprint: str) -> str:
-        return hashlib.sha256(fingerprint.encode() + self.numbers.tobytes()).hexdigest()
 
 
 def class_names(data: TrainingData, num_classes: int) -> ClassNames:

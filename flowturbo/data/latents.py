@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ class LatentFolder:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Class folder and place in it: the index has no file names."""
+        folder = self._plan["folders"][index]
+        return f"{self.classes[folder]}/{index - self._first[folder]}"
+
+    @cached_property
+    def _first(self) -> dict[int, int]:
+        """The first image of each class folder: its images follow one another."""
+        folders = self._plan["folders"]
+        return {folders[k]: k for k in reversed(range(len(folders)))}
 
     def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         """(moments float16 (2C, h, w), class index)."""

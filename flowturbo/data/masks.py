@@ -41,6 +41,12 @@ def centre_square(image: Tensor) -> tuple[slice, slice]:
     return slice(top, top + side), slice(left, left + side)
 
 
+def share_outside(mask: Tensor) -> float:
+    """How much of what is white or grey in a mask (H, W) lies outside its centre square, in [0, 1]."""
+    touched = mask > 0
+    return 1 - touched[centre_square(mask)].sum().item() / touched.sum().item()
+
+
 def fit_mask(mask: Tensor, size: int) -> Tensor:
     """The centre square of a mask (H, W), as an image is cropped, at size x size: each pixel is the largest of those it
     covers."""

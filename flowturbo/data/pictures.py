@@ -63,7 +63,7 @@ def grid(
     font_size = max(12, height // 12)
     font = ImageFont.load_default(size=font_size)
     line = int(font_size * 1.6)
-    heads = [line if captions else 0 for _ in rows]
+    heads = [line if k < len(captions) and captions[k] else 0 for k in range(len(rows))]
     feet = [line if k < len(labels) and any(labels[k]) else 0 for k in range(len(rows))]
     columns = max(len(row) for row in rows)
     text_width = max((int(font.getlength(caption)) for caption in captions), default=0)
@@ -75,7 +75,7 @@ def grid(
     draw = ImageDraw.Draw(canvas)
     top = gap
     for index, (row, head, foot) in enumerate(zip(rows, heads, feet)):
-        if captions:
+        if head:
             draw.text((gap, top + head // 8), captions[index], fill="black", font=font)
         top += head
         for column, image in enumerate(row):

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from flowturbo.planning.candidates import refined
 from flowturbo.planning.costs import measure_costs
-from flowturbo.planning.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.planning.planner import FIRST_NUMBER, FIRST_ROUND, Candidate, Measured
+from flowturbo.sampling.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.sampling.generate import Networks
 from flowturbo.sampling.solvers import parse_sampler
 from flowturbo.transport.spec import SamplerSettings

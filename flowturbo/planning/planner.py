@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from flowturbo.planning.candidates import candidates, refined
 from flowturbo.planning.costs import Costs, caller, longest, measure_costs, time_calls
-from flowturbo.planning.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.planning.options import PlannerOptions
+from flowturbo.sampling.fidelity import Draws, Fidelity, end_points, fine_end_points
 from flowturbo.sampling.generate import Networks, find_files, load_networks
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import check_made_for, parse_sampler

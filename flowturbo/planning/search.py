@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from flowturbo.data.randomness import Stream, keyed_generator, keyed_noise
 from flowturbo.networks.calls import CallCounter
-from flowturbo.planning.fidelity import Draws, Estimate, Fidelity, end_points, fine_end_points
 from flowturbo.planning.learned import Numbers
 from flowturbo.planning.options import SearchOptions
+from flowturbo.sampling.fidelity import Draws, Estimate, Fidelity, end_points, fine_end_points
 from flowturbo.sampling.generate import Networks
 from flowturbo.sampling.sample_set import class_of
 from flowturbo.system.claims import check_same

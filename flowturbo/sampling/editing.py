@@ -35,7 +35,7 @@ class Edited(NamedTuple):
 
     images: Tensor  # uint8 (N, C, H, W): of the model's size, or of the image's with keep_size
     original: Tensor  # uint8 (C, H, W), of the same size as those
-    steps: list[Tensor]  # the states at the start and after each step, as uint8 images; empty unless asked for
+    steps: list[Tensor]  # the states at the start and after each step, for `Editor.decode`; empty unless asked for
     evaluations: tuple[int, int]  # of the predictor and the refiner, for each result
 
 
@@ -114,9 +114,9 @@ class Editor:
             )
         else:
             latents = self._passes(source, strength)
-        images = canvas.finish(self._decode(latents).cpu(), options.feather, options.composite, options.keep_size)
+        images = canvas.finish(self.decode(latents), options.feather, options.composite, options.keep_size)
         original = canvas.whole if options.keep_size else canvas.image
-        return Edited(images, original, [self._decode(x).cpu() for x in self.steps], self.evaluations)
+        return Edited(images, original, self.steps, self.evaluations)
 
     @property
     def evaluations(self) -> tuple[int, int]:
@@ -142,7 +142,11 @@ class Editor:
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise of shape {tuple(noise.shape)}: this model's is {expected}")
         noise = noise.to(self.networks.device)
-        return self._decode(self._follow(self.sampler, self._labels(self.to_class, 1), noise)).cpu()
+        return self.decode(self._follow(self.sampler, self._labels(self.to_class, 1), noise))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 images (N, C, H, W) of the model's size, on the CPU, from states."""
+        return to_uint8(self.networks.autoencoder.decode(latents)).cpu()
 
     def _passes(self, source: Source, strength: float) -> Tensor:
         """SDEdit, inpainting and FlowEdit; every further pass starts from the result and less noise."""
@@ -200,9 +204,6 @@ class Editor:
         return autoencoder.sample(
             autoencoder.moments(from_uint8(image[None]).to(device)), torch.zeros((), device=device)
         )
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return to_uint8(self.networks.autoencoder.decode(latents))
 
 
 Follow = Callable[[FlowTurbo, Tensor, Tensor | Source], Tensor]

@@ -25,6 +25,7 @@ from flowturbo.networks.compiled import StaticGraphs
 from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.sampling.options import SamplingOptions
 from flowturbo.sampling.picture_options import PictureOptions
+from flowturbo.system.values import rounded
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 COLUMNS = 8
@@ -54,8 +55,7 @@ class Row:
     @property
     def ms(self) -> str:
         """Milliseconds an image, to three figures at most."""
-        ms = float(f"{1000 * self.seconds / len(self.images):.3g}")
-        return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+        return rounded(1000 * self.seconds / len(self.images))
 
 
 @dataclass

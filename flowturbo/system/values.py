@@ -33,6 +33,11 @@ def plain(text: str, most: int = 2000) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in CONTROL else c for c in text)
 
 
+def rounded(value: float) -> str:
+    """A number of at most three figures, without an exponent where it has fewer than seven digits: 0.0123, 1230."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def typed(value: Any, kind: type[Value] | tuple[type[Value], ...], what: str) -> Value:
     """The value, where it is of that type; a bool passes for no number. Raises ValueError naming `what` it is."""
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from flowturbo.data.classes import read_class_map
-from flowturbo.data.folders import ClassFolder, Subset, TrainingData
+from flowturbo.data.classes import ClassNames, read_class_map
+from flowturbo.data.folders import ClassFolder, TrainingData
 from flowturbo.data.latents import LatentFolder, is_latent_folder
+from flowturbo.data.parts import Split, Subset, held_out_of, whole_of
 from flowturbo.data.pictures import save_png
 from flowturbo.data.report import SHOWN, check_data, contact_sheet
 from flowturbo.models import SiT
 from flowturbo.networks.autoencoder import Autoencoder, NoAutoencoder
-from flowturbo.networks.load import load_network
+from flowturbo.networks.load import load_with_info
 from flowturbo.networks.precision import cast, pick_precision
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import check_guidance, load_autoencoder_of
@@ -32,6 +33,7 @@ class FrozenNetworks:
     device: torch.device
     dtype: torch.dtype  # that is computed in
     teacher_file: Path | None = None
+    class_names: ClassNames | None = None  # what the teacher's classes are called, where its checkpoint says so
 
 
 def load_frozen(options: TrainingOptions, device: torch.device) -> FrozenNetworks:
@@ -42,16 +44,19 @@ def load_frozen(options: TrainingOptions, device: torch.device) -> FrozenNetwork
     dtype = pick_precision(options.hardware.precision, device)
     teacher: SiT | None = None
     file: Path | None = None
+    names: ClassNames | None = None
     if options.target == "refiner":
         file = resolve(options.refiner.model_teacher_ckpt or "", "model_teacher_ckpt")
-        teacher = load_network(SiT, str(file))
+        teacher, info = load_with_info(SiT, str(file))
+        names = ClassNames.from_config(info.config, teacher.num_classes)
     autoencoder = load_autoencoder_of(teacher, options.data.vae_ckpt, device)
     teacher = None if teacher is None else cast(teacher.to(device), dtype)
-    return FrozenNetworks(teacher, autoencoder, device, dtype, file)
+    return FrozenNetworks(teacher, autoencoder, device, dtype, file, names)
 
 
 def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
-    """The images, or cached latents, at the size and in the channels that the model works with.
+    """The images, or cached latents, at the size and in the channels that the model works with, without those that are
+    held out.
 
     Raises ValueError where they do not fit the model.
     """
@@ -75,6 +80,8 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
         if isinstance(autoencoder, Autoencoder):
             channels = 3
         data = ClassFolder(given.data_path, size or 256, channels, num_classes, class_map, given.background)
+    if given.holdout:
+        data = Split(data, given.holdout)
     return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
 
 
@@ -87,6 +94,8 @@ def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajector
     data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
     if options.data.data_path is not None:
         data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
+    elif options.data.holdout:
+        data.note = "recipe endpoint trains on no images: it holds out trajectories of its own, and holdout is not used"
     return data
 
 
@@ -94,12 +103,14 @@ def described(data: TrainingData) -> str:
     """How much data there is, in words."""
     if isinstance(data, Trajectories):
         return f"{len(data):,} trajectories of the predictor"
-    return f"{len(data):,} images in {len(data.classes)} classes"
+    held = held_out_of(data)
+    more = "" if held is None else f", {len(held):,} held out"
+    return f"{len(data):,} images in {len(data.classes)} classes{more}"
 
 
 def images_of(data: TrainingData) -> ClassFolder | None:
     """The folder of images behind data; None for cached latents."""
-    whole = data.data if isinstance(data, Subset) else data
+    whole = whole_of(data)
     return whole if isinstance(whole, ClassFolder) else None
 
 
@@ -110,7 +121,7 @@ def look_at(data: TrainingData) -> list[str]:
         report = check_data(images)
         report.refuse()
         return report.lines(images)
-    whole = data.data if isinstance(data, Subset) else data
+    whole = whole_of(data)
     return [f"note: {whole.note}"] if isinstance(whole, (LatentFolder, Trajectories)) and whole.note else []
 
 

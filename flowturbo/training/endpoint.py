@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from flowturbo.data.loader import Batch
 from flowturbo.networks.precision import autocast
+from flowturbo.sampling.fidelity import Fidelity
 from flowturbo.system.distributed import World
-from flowturbo.training.log import RunLog
+from flowturbo.training.log import Measured, RunLog
+from flowturbo.training.rivals import Row, compare, free_rows
 from flowturbo.training.stopping import StopRequest
 from flowturbo.training.trajectories import BATCH, HELD_OUT, Trajectories
 from flowturbo.transport import FlowTurbo, Schedule, endpoint_loss
@@ -48,7 +50,7 @@ class EndpointMatching:
         self.sampler = self._with_refiner(sampler, sampler.refiner)
         self.first = len(self.schedule.prefix)  # the number of the first step that is trained
         self.branches = branches_at_hand(sampler, self.first)
-        self.known: dict[str, float] = {}  # the figures that do not change while the refiner is trained
+        self.rivals: dict[str, Row] = {}  # on rank 0; they do not change while the refiner is trained
 
     def __call__(self, batch: Batch) -> Tensor:
         """The mean squared error (N,) of where the trajectories end."""
@@ -66,20 +68,18 @@ class EndpointMatching:
         if not data.cache(place, channels, lambda numbers: self.records(numbers, ranks.device), ranks, stop):
             return False
         if ranks.is_main:
-            for name, blocks in self._rivals.items():
-                rival = Schedule(blocks, self.schedule.grid)
-                self.known[name] = self._rmse_of(rival, ranks.device)
-                log.say(f"held-out end-point RMSE of {rival}, {name} in the log: {self.known[name]:.4f}")
+            for name, rival in free_rows(self.schedule).items():
+                self.rivals[name] = Row(rival, self._fidelity_of(rival, ranks.device))
+                log.say(f"held-out end-point RMSE of {rival}, {name} in the log: {self.rivals[name].fidelity.rmse}")
         return True
 
-    @property
-    def _rivals(self) -> dict[str, str]:
-        """The blocks that need no refiner, by the names of their figures: L in place of R, and the prefix alone."""
-        return {"rmse_free": self.schedule.blocks.replace("R", "L"), "rmse_prefix": self.schedule.prefix}
+    def figures(self, ema: nn.Module) -> Mapping[str, float]:
+        """End-point RMSE on the held-out noises with these weights and of the rivals, with standard errors."""
+        return self.measure(ema).figures
 
     @torch.no_grad()
-    def figures(self, ema: nn.Module) -> Mapping[str, float]:
-        """End-point RMSE on the held-out noises: with these weights, with L in place of R, and of the prefix alone."""
+    def measure(self, ema: nn.Module) -> Measured:
+        """The same with words."""
         sampler = self._with_refiner(self.sampler, ema)
         device = next(ema.parameters()).device
         records, labels = self.trajectories.held_out()
@@ -87,7 +87,7 @@ class EndpointMatching:
             self._errors(sampler, part.to(device), y.to(device))
             for part, y in zip(records.split(BATCH), labels.split(BATCH))
         ]
-        return {"rmse": _rmse(errors), **self.known}
+        return compare(Row(self.schedule, _fidelity(errors)), self.rivals)
 
     def records(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """What is cached of trajectories: where the prefix has come to, and the end of the finer solution."""
@@ -111,15 +111,15 @@ class EndpointMatching:
 
         return FlowTurbo(sampler.predictor, refine, sampler.schedule, sampler.guidance, sampler.refiner_step)
 
-    def _rmse_of(self, schedule: Schedule, device: torch.device) -> float:
-        """That of the predictor alone along a schedule."""
+    def _fidelity_of(self, schedule: Schedule, device: torch.device) -> Fidelity:
+        """The errors of the predictor alone along a schedule, on the held-out noises."""
         sampler = FlowTurbo(self.sampler.predictor, None, schedule, self.sampler.guidance)
         records, _ = self.trajectories.held_out()
         errors = []
         for start, part in zip(range(0, HELD_OUT, BATCH), records.split(BATCH)):
             z, y = (value.to(device) for value in self.trajectories.starts(range(start, start + len(part))))
             errors.append(endpoint_loss(sampler.sample(z, y), unpack(part.to(device), self.branches)[1]))
-        return _rmse(errors)
+        return _fidelity(errors)
 
 
 def branches_at_hand(sampler: FlowTurbo, first: int) -> tuple[int, ...]:
@@ -144,5 +144,5 @@ def unpack(records: Tensor, branches: Sequence[int]) -> tuple[State, Tensor]:
     return State(x, tuple(torch.cat(list(islice(parts, count))) for count in branches)), target
 
 
-def _rmse(errors: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(errors)).mean().sqrt())
+def _fidelity(errors: Sequence[Tensor]) -> Fidelity:
+    return Fidelity(torch.cat(list(errors)).double().cpu())

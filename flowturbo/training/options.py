@@ -15,6 +15,7 @@ from flowturbo.configurations import PRECISIONS, SIT_CONFIGS
 from flowturbo.data.options import BACKGROUND_HELP, parse_background
 from flowturbo.sampling.options import DEVICE_HELP, GuidanceOptions
 from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, PART, POSITIVE, Group, Range, option, seed
+from flowturbo.training.output import OutputOptions
 from flowturbo.training.recipe import ENDPOINT, ENDPOINT_DEFAULTS, RefinerOptions
 from flowturbo.transport.losses import TIME_DISTRIBUTIONS
 from flowturbo.transport.path import PATHS
@@ -47,6 +48,14 @@ class DataOptions(Group):
     check_data: bool = option(False, "look at every image, report on the data, and end")
     subset: float = option(
         1.0, "train on this share of every class", within=Range(lambda value: 0 < value <= 1, "lie in (0, 1]")
+    )
+    holdout: float = option(
+        0.0,
+        "keep this share of the images out of training, chosen by their names, and measure the loss on them at every "
+        "checkpoint",
+        within=PART,
+        metavar="SHARE",
+        shapes=True,
     )
     image_size: int | None = option(
         None, "side of the square crop (default: the model's; 256)", within=AT_LEAST_1, shapes=True
@@ -178,30 +187,6 @@ class HardwareOptions(Group):
     compile: bool = option(
         False, "the networks as static graphs, one for all blocks of each; takes up to a minute first", shapes=True
     )
-
-
-@dataclass(frozen=True)
-class OutputOptions(Group):
-    """What a run leaves, where and how often, and from where it goes on."""
-
-    results_dir: str = option("results", "each run makes a folder here")
-    note: str = option("no-note", "a word for the run's folder name")
-    log_every: int = option(100, "steps between figures in log.txt, metrics.jsonl and TensorBoard", within=AT_LEAST_1)
-    ckpt_every: int = option(5000, "steps between checkpoints", within=AT_LEAST_1)
-    keep_last: int = option(0, "keep the newest K checkpoints; 0 for all", metavar="K", within=AT_LEAST_0)
-    keep_every: int = option(0, "keep also those of every M-th step", metavar="M", within=AT_LEAST_0)
-    sample_every: int = option(10_000, "steps between sample grids; 0 for none", within=AT_LEAST_0)
-    resume: str | None = option(
-        None,
-        "continue from this checkpoint or run; 'auto' takes the newest whole one of this target and note, if any",
-        metavar="FILE",
-    )
-    allow_changes: bool = option(False, "resume although settings or data have changed")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "/" in self.note or self.note.startswith("."):
-            raise ValueError(f"note {self.note!r} must be a word for a folder name")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ class RefinerOptions(Group):
         8192, "of the predictor, cached once in the run's folder, that recipe endpoint trains on", within=AT_LEAST_1
     )
     reference: str = option("M32", "the schedule of the finer solutions, without R")
+    end_points: int = option(
+        64,
+        "noises from which the schedule is compared at every checkpoint, by where it ends, with the same blocks "
+        "without a refiner; 0 for none. Recipe endpoint has its own",
+        metavar="N",
+        within=Range(lambda value: value == 0 or value >= 2, "be 0 or at least 2"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

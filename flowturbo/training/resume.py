@@ -21,7 +21,7 @@ from flowturbo.networks.load import model_config
 from flowturbo.system.claims import OtherSettings, differences, shown, write_record
 from flowturbo.system.code import made_by
 from flowturbo.system.distributed import World
-from flowturbo.system.files import LOCK, exclusive, sha256
+from flowturbo.system.files import LOCK, exclusive, remove_leftovers, sha256
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.options import OutputOptions, TrainingOptions
 from flowturbo.training.run import Run
@@ -70,6 +70,7 @@ def begin(
                 ranks.agree(lambda: refuse_changes(before, record, options, data, checkpoint))
             if ranks.is_main and of_other_code(before):
                 print("note: the code has changed since the checkpoint was made: results may differ from its own")
+        ranks.agree(lambda: remove_leftovers(folder))  # of pictures too
         ranks.agree(lambda: write_record(folder / "config.json", record))
         yield Run(optimisation, options.output, ranks, state, folder, record, options, frozen)
 

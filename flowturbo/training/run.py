@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +12,37 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from flowturbo.data.classes import ClassNames, class_label
 from flowturbo.data.folders import TrainingData
 from flowturbo.data.loader import Batch, TrainingSamples, ahead, training_loader
+from flowturbo.data.parts import held_out_of
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.data.report import contact_sheet
 from flowturbo.data.workers import LoaderFailed
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.sampling.solvers import parse_sampler
+from flowturbo.system.cli import MISTAKES, one_line
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks, described, images_of
-from flowturbo.training.log import RunLog
+from flowturbo.training.endpoint import EndpointMatching
+from flowturbo.training.held_out import HeldOutLoss
+from flowturbo.training.log import Measured, RunLog
 from flowturbo.training.objective import Loss, Objective
 from flowturbo.training.options import Optimisation, OutputOptions, TrainingOptions
+from flowturbo.training.rivals import EndPoints
 from flowturbo.training.step import State, Update, update
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport.guidance import Guidance
+from flowturbo.transport.schedule import Schedule
 from flowturbo.transport.spec import SamplerSettings
 from flowturbo.weights.checkpoint import CHECKPOINTS, CheckpointFolder
 from flowturbo.weights.info import without_folders
+
+CLASSES, OF_EACH = 8, 4  # at most so many classes in a grid, and the pictures of each
+SIDE = 96  # pixels of a picture in a grid, at least
+
+Measure = Callable[[], Measured]
 
 
 @dataclass
@@ -62,16 +74,29 @@ class AnyRun:
             exact=self.optimisation.exact,
         )
 
-    def make_steps(self, loader: DataLoader, objective: Loss, stop: StopRequest, notes: Sequence[str] = ()) -> bool:
+    @property
+    def title(self) -> str:
+        """What loss.png is headed with."""
+        return self.folder.name
+
+    def make_steps(
+        self,
+        loader: DataLoader,
+        objective: Loss,
+        stop: StopRequest,
+        notes: Sequence[str] = (),
+        measures: Sequence[Measure] = (),
+    ) -> bool:
         """Make the steps that are left, and log them; whether all have been made when it ends.
 
         Raises LoaderFailed, with the state saved, where the data cannot be read on.
         """
-        ranks = self.ranks
-        with RunLog(self.folder if ranks.is_main else None, self.optimisation.steps, self.state.step) as log:
+        ranks, folder = self.ranks, self.folder if self.ranks.is_main else None
+        config = without_folders(self.record) if self.output.wandb else None
+        with RunLog(folder, self.optimisation.steps, self.state.step, config) as log:
             for note in notes:
                 log.say(note)
-            failure = self.fit(loader, objective, stop, log)
+            failure = self.fit(loader, objective, stop, log, measures)
             ranks.barrier()
             step = self.state.step
             if failure is not None:
@@ -83,8 +108,16 @@ class AnyRun:
                 log.say(f"stopped by {why} after step {step}; go on with the same settings and resume 'auto'")
         return self.is_done
 
-    def fit(self, batches: Iterable[Batch], objective: Loss, stop: StopRequest, log: RunLog) -> LoaderFailed | None:
-        """Update on every batch; rank 0 saves and samples when it is time. Ends early, saved, when a stop is wanted.
+    def fit(
+        self,
+        batches: Iterable[Batch],
+        objective: Loss,
+        stop: StopRequest,
+        log: RunLog,
+        measures: Sequence[Measure] = (),
+    ) -> LoaderFailed | None:
+        """Update on every batch; rank 0 saves, measures and samples when it is time. Ends early, saved, when a stop is
+        wanted.
 
         Where a batch cannot be read the run stops as for a signal, on every rank, and what was raised is returned.
         What a step tells is read while the next one runs, or at once where it is needed: nothing is logged, saved or
@@ -102,10 +135,8 @@ class AnyRun:
             wanted = stop.wanted or failure is not None
             told = update(state, self.ranks, batch.to(self.ranks.device), objective, self.optimisation, wanted)
             log.advance(state.step, self.optimisation.global_batch_size)
-            logs, saves, samples = (
-                self.is_done or bool(every and state.step % every == 0)
-                for every in (output.log_every, output.ckpt_every, output.sample_every)
-            )
+            logs, saves = (self.is_done or state.step % every == 0 for every in (output.log_every, output.ckpt_every))
+            samples = output.samples_at(state.step) or (self.is_done and output.sample_every > 0)
             stopping = before is not None and before.stop
             if stopping or logs or saves or samples:
                 stopping |= told.stop
@@ -115,11 +146,22 @@ class AnyRun:
                 log.scalars(self.optimisation.rate(state.step), loss=told.loss, gradient=told.norm, **figures)
             if main and (saves or stopping):
                 log.say(f"step {state.step}: loss {told.loss:.4g}, saved {self.save()}")
+                for measure in measures:
+                    if not stop.wanted and not stopping:  # who asks for a stop will not wait
+                        self.tell(measure, log)
+                log.draw(self.title)
             if stopping:
                 return failure
-            if main and samples and output.sample_every:
+            if main and samples:
                 self.show(saved=saves)
         return None
+
+    def tell(self, measure: Measure, log: RunLog) -> None:
+        """Log what a measurement comes to. Where it fails, that is said, and the training goes on."""
+        try:
+            log.tell(measure)
+        except (*MISTAKES, torch.OutOfMemoryError) as error:
+            log.say(f"step {self.state.step}: could not measure: {one_line(error)}")
 
     def save(self) -> Path:
         """Write a checkpoint of the state, and drop those that are no longer to be kept; returns its path.
@@ -127,7 +169,7 @@ class AnyRun:
         Its config has the last parts of paths: checkpoints are handed on, the run's config.json stays here.
         """
         output = self.output
-        checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.keep_every)
+        checkpoints = CheckpointFolder(self.folder / CHECKPOINTS, output.keep_last, output.kept_steps)
         path = checkpoints.path(self.state.step)
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
@@ -169,28 +211,65 @@ class Run(AnyRun):
         ]
         if ranks.is_main and (images := images_of(data)) is not None:
             save_png(self.folder / "data.png", contact_sheet(images))
-        return self.make_steps(loader, objective, stop, said)
+        return self.make_steps(loader, objective, stop, said, self.measures(data, objective) if ranks.is_main else ())
 
-    def picture(self) -> Image.Image:
-        """Eight classes from the same noise: Heun's H8, and with a refiner also the schedule that the options name.
+    def measures(self, data: TrainingData, objective: Objective) -> list[Measure]:
+        """What is measured of the averaged weights at every checkpoint: held-out loss, and a refiner's end points."""
+        measures: list[Measure] = []
+        if (held := held_out_of(data)) is not None:
+            measures.append(HeldOutLoss(self.options, self.frozen, self.state.ema, held))
+        if isinstance(objective, EndpointMatching):
+            return [*measures, lambda: objective.measure(self.state.ema)]
+        refiner, schedule = self.options.refiner, parse_sampler(self.options.refiner.schedule).schedule
+        wanted = refiner.end_points and isinstance(schedule, Schedule) and schedule.has_refiner
+        if self.frozen.teacher is not None and wanted:
+            measures.append(EndPoints(self.networks, schedule, self.settings, refiner.reference, refiner.end_points))
+        return measures
 
-        The networks are as users sample with them: the EMA's blocks and the autoencoder in the run's precision, in
-        copies.
-        """
+    @property
+    def title(self) -> str:
+        schedule = f", {self.options.refiner.schedule}" if self.frozen.teacher is not None else ""
+        return f"{self.folder.name}{schedule}"
+
+    @property
+    def settings(self) -> SamplerSettings:
+        """How this run's networks are sampled with: unguided where the predictor has no null class."""
+        predictor = self.frozen.teacher or self.state.ema
+        guidance = self.options.guidance.guidance if predictor.class_dropout_prob else Guidance(1.0)
+        return SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
+
+    def networks(self) -> Networks:
+        """As users sample with them by now: the EMA's blocks and the autoencoder in the run's precision, in copies."""
         frozen, teacher, dtype = self.frozen, self.frozen.teacher, self.frozen.dtype
         ema: Any = deepcopy(self.state.ema)
         cast(ema, dtype)
-        networks = Networks(
+        return Networks(
             ema if teacher is None else teacher,
             None if teacher is None else ema,
             frozen.autoencoder if dtype == torch.float32 else deepcopy(frozen.autoencoder).to(dtype),
             frozen.device,
         )
-        count, has_null = networks.predictor.num_classes, networks.predictor.class_dropout_prob > 0
-        guidance = self.options.guidance.guidance if has_null else Guidance(1.0)
-        settings = SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
-        classes = torch.linspace(0, count - 1, min(8, count)).round().int().tolist()
-        names = ["H8"] if teacher is None else ["H8", self.options.refiner.schedule]
+
+    def picture(self) -> Image.Image:
+        """OF_EACH of each of at most CLASSES classes, their names below: of Heun's H8, and with a refiner also of the
+        schedule that the options name, from the same noise."""
+        networks, settings = self.networks(), self.settings
+        classes = self.shown_classes()
+        names = ["H8"] if self.frozen.teacher is None else ["H8", self.options.refiner.schedule]
         samplers = [ImageSampler(networks, parse_sampler(name), settings) for name in names]
-        rows = [sampler(self.optimisation.seed, range(len(classes)), classes).cpu() for sampler in samplers]
-        return grid(rows, [f"{name}  {guidance}" for name in samplers])
+        numbers = [range(k * len(classes), (k + 1) * len(classes)) for k in range(OF_EACH)]
+        rows = [sampler(self.optimisation.seed, row, list(classes)).cpu() for sampler in samplers for row in numbers]
+        blank: list[Any] = [""] * (OF_EACH - 1)
+        captions = [text for name in samplers for text in (f"{name}  {settings.guidance}", *blank)]
+        return grid(rows, captions, [*blank, list(classes.values())] * len(samplers), least_side=SIDE)
+
+    def shown_classes(self) -> dict[int, str]:
+        """The classes of the grids, from all over those that have images, with their names."""
+        count = self.state.ema.num_classes
+        own = ClassNames.from_config(self.record, count)
+        if own is None or not any(own.names):
+            own = self.frozen.class_names
+        seen = [k for k, images in enumerate(own.counts) if images] if own is not None else []
+        seen = seen or list(range(count))
+        places = torch.linspace(0, len(seen) - 1, min(CLASSES, len(seen))).round().int().tolist()
+        return {seen[place]: class_label(seen[place], count, own) for place in places}

@@ -54,6 +54,9 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        return str(HELD_OUT + index)
+
     def read(self, index: int, flipped: bool) -> tuple[np.ndarray, int]:
         """(record float32 (channels, h, w), class index). There is nothing to flip: a mirrored start is another one."""
         return self._record(HELD_OUT + index), self.labels[index]

@@ -88,6 +88,13 @@ class Schedule:
         """Its blocks before the first that evaluates the refiner; all where none does."""
         return self.blocks.partition("R")[0]
 
+    def without_refiner(self, letter: str = "") -> Schedule:
+        """With every R left out, or with another block in its place: what a refiner has to beat.
+
+        "L" for one costs no evaluation either.
+        """
+        return Schedule(self.blocks.replace("R", letter), self.grid)
+
     @property
     def has_refiner(self) -> bool:
         """Whether any of its blocks evaluates the refiner."""

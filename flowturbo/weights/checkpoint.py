@@ -202,7 +202,7 @@ class CheckpointFolder:
         steps = sorted(int(Path(name).stem) for name in digests)
         until_now = [step for step in steps if step <= int(path.stem)]  # later ones may be all that another run left
         kept = set(until_now[-self.keep_last :] if self.keep_last else until_now) | (set(steps) - set(until_now))
-        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0 < step}
         names = {self.path(step).name for step in kept}
         self._write(digests)
         if dropped := digests.keys() - names:  # forgotten only once they are gone: a kill in between leaves no orphan

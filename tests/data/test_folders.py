@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flowturbo.data import folders
-from flowturbo.data.folders import OUTSIDE_CLASSES, ClassFolder, Subset, class_names
+from flowturbo.data.folders import OUTSIDE_CLASSES, ClassFolder, class_names
 from flowturbo.data.images import TRANSPARENCY
 from flowturbo.data.walk import HIDDEN, OTHER, SYSTEM
 from flowturbo.system import cli
@@ -158,29 +158,3 @@ def test_the_names_of_the_classes_and_how_many_images_each_has(class_folder, tmp
     os.unlink(root / "c2" / "0.png")
     names = class_names(ClassFolder(root, 8, num_classes=5, class_map={"c0": 4, "c1": 1, "c2": 4}), 5)
     assert names.config() == {"classes": ["", "c1", "", "", "c0, c2"], "class_counts": [0, 2, 0, 0, 3]}
-
-
-# ---- a part of the data
-
-
-def test_a_subset_takes_a_share_of_every_class_and_the_same_one_every_time(class_folder, tmp_path):
-    data = ClassFolder(class_folder(tmp_path / "d", images=7), 8)
-    some = Subset(data, 0.4, seed=1)
-    assert sorted(some.labels) == [0, 0, 0, 1, 1, 1]
-    assert (some.classes, some.class_indices, some.image_size) == (data.classes, data.class_indices, 8)
-    assert some.numbers.tolist() == Subset(data, 0.4, seed=1).numbers.tolist()
-    assert some.numbers.tolist() != Subset(data, 0.4, seed=2).numbers.tolist()
-    assert len(Subset(data, 0.001, seed=0)) == 2
-    image, label = some.read(0, False)
-    expected, expected_label = data.read(int(some.numbers[0]), False)
-    assert (image == expected).all()
-    assert label == expected_label
-    assert class_names(some, 2).counts == (3, 3)
-    for fraction in (0, 1.1, -1, float("nan")):
-        with pytest.raises(ValueError, match="must lie in"):
-            Subset(data, fraction, seed=0)
-
-
-def test_the_share_is_the_one_that_version_0_1_took(class_folder, tmp_path):
-    data = ClassFolder(class_folder(tmp_path / "d", images=7), 8)
-    assert Subset(data, 0.4, seed=1).numbers.tolist() == [1, 2, 5, 10, 11, 13]

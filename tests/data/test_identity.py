@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from flowturbo.data import identity
-from flowturbo.data.folders import ClassFolder, Subset
+from flowturbo.data.folders import ClassFolder
 from flowturbo.data.identity import RULES_OF_0_1, data_changes, fingerprint_files, sample_of, sizes_of
+from flowturbo.data.parts import Subset
 
 OLD = Path(__file__).parents[1] / "compatibility" / "v0.1.0"
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowturbo.data.folders import ClassFolder, Subset, class_names
+from flowturbo.data.folders import ClassFolder, class_names
 from flowturbo.data.identity import data_changes
 from flowturbo.data.latents import LatentFolder, OtherLatents, UnfinishedLatents, is_latent_folder
+from flowturbo.data.parts import Subset
 
 OLD = Path(__file__).parents[1] / "compatibility" / "v0.1.0"
 

@@ -3,7 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowturbo.data.masks import centre_square, check_mask, compose, fit_mask, latent_mask, opacity, read_mask
+from flowturbo.data.masks import (
+    centre_square,
+    check_mask,
+    compose,
+    fit_mask,
+    latent_mask,
+    opacity,
+    read_mask,
+    share_outside,
+)
 
 
 def white_at(*places, size=(6, 8)):
@@ -38,6 +47,7 @@ def test_masks_that_say_nothing_are_refused(mask, message):
 def test_a_mask_is_cropped_as_images_are_and_no_pixel_of_it_is_lost():
     mask = white_at((0, 1), (5, 6), (2, 0))  # the last lies outside the square
     assert centre_square(mask) == (slice(0, 6), slice(1, 7))
+    assert share_outside(mask) == pytest.approx(1 / 3)
     assert fit_mask(mask, 3).tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 255]]
     assert fit_mask(mask, 6).equal(mask[:, 1:7])
     assert fit_mask(mask, 12)[:2, :2].eq(255).all()

@@ -9,9 +9,9 @@ from PIL import Image
 import plan
 from flowturbo.planning.candidates import LETTERS, candidates, refined
 from flowturbo.planning.costs import Costs
-from flowturbo.planning.fidelity import Fidelity
 from flowturbo.planning.options import PlannerOptions
 from flowturbo.planning.planner import Candidate, Measured, Planner, front, promising
+from flowturbo.sampling.fidelity import Fidelity
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.transport import Guidance, SamplerSettings, SamplerSpec, Schedule
 from flowturbo.transport.blocks import REFINER_STEPS

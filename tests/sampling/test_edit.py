@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,9 @@ from flowturbo.sampling import EditOptions, edit
 from flowturbo.sampling.editing import Editor
 from flowturbo.sampling.generate import Networks
 from flowturbo.sampling.options import SamplingOptions
+from flowturbo.sampling.solvers import LearnedSolver, write_solver
+from flowturbo.transport import Guidance
+from flowturbo.transport.solver import Solver
 
 PLAIN = SamplingOptions(cfg_scale=1.0)
 
@@ -147,9 +153,10 @@ def test_the_noise_of_an_image_makes_it_again(networks):
 
 
 def test_steps_are_kept_on_demand(networks):
-    kept = Editor(networks, EditOptions("H1P2", 3), PLAIN, keep_steps=True).edit(picture(8, 8))
+    editor = Editor(networks, EditOptions("H1P2", 3), PLAIN, keep_steps=True)
+    kept = editor.edit(picture(8, 8))
     assert [step.shape for step in kept.steps] == [(1, 3, 8, 8)] * 4
-    assert kept.steps[-1].equal(kept.images)
+    assert editor.decode(kept.steps[-1]).equal(kept.images)
     assert kept.images.equal(edit(networks, picture(8, 8), EditOptions("H1P2", 3), PLAIN).images)
     assert edit(networks, picture(8, 8), EditOptions("H1P2", 3), PLAIN).steps == []
 
@@ -233,7 +240,7 @@ def test_several_results_comparisons_and_trajectories(run, files):
     assert not np.array_equal(read("b-0.png"), read("b-1.png"))
     strip = ["--steps-picture", "steps.png"]
     said = run("--image", "cat.png", "--class", 3, "--compare", "H2", "h1r1", "--out", "c.png", *strip)
-    assert "H2   4 evaluations" in said
+    assert re.search(r"^H2   4 evaluations   cfg 4   [\d.]+ ms/image$", said, re.MULTILINE)
     assert "H1R1   2 + 2 evaluations" in said
     assert Image.open("c.png").height > 3 * 32
     assert Image.open("steps.png").width >= 3 * 32
@@ -293,3 +300,32 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, run, files):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path for path in files.rglob("*") if path.is_file()) == [path for path in before if path.is_file()]
+
+
+# Solver files
+
+
+def test_a_solver_edits_as_the_blocks_do_that_it_was_made_of(networks, tmp_path):
+    solver = Solver.of("M3")
+    write_solver(tmp_path / "of-m3.json", LearnedSolver("any", solver.grid, solver.coefficients))
+    for how in ({}, {"resample": 2}, {"from_class": 2}, {"from_class": 2, "method": "invert"}):
+        wanted = {"to_class": 7, "strength": 0.6, **how}
+        by_blocks, by_solver = (
+            edit(networks, picture(8, 8), EditOptions(text, **wanted), PLAIN)
+            for text in ("M3", str(tmp_path / "of-m3.json"))
+        )
+        assert (by_solver.images.int() - by_blocks.images.int()).abs().max() <= 1
+        assert by_solver.evaluations == by_blocks.evaluations
+
+
+def test_a_solver_file_stands_beside_schedules(run, files, capsys):
+    grid, rows = (0.0, 0.3, 1.0), ((0.3,), (-0.2, 0.9))
+    write_solver("solvers/fast-2.json", LearnedSolver("any", grid, rows, guidance=Guidance(1.5)))
+    said = run("--image", "cat.png", "--mask", "mask.png", "--class", 3, "--compare", "H1", "fast-2", "--out", "f.png")
+    assert re.search(r"^fast-2   2 evaluations   cfg 4", said, re.MULTILINE)
+    run("--image", "cat.png", "--class", 3, "--strict", "--cfg-scale", 1.5, schedule="solvers/fast-2.json")
+    with pytest.raises(ValueError, match="solver fast-2 was made for guidance"):
+        run("--image", "cat.png", "--class", 3, "--strict", schedule="fast-2")
+    Path("broken.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no solver"):
+        run("--image", "cat.png", "--class", 3, schedule="broken.json")

@@ -314,14 +314,14 @@ def test_a_place_that_takes_no_file_is_named(pixel_models, tmp_path):
 @pytest.fixture
 def untimed(monkeypatch, compiler):
     """Graphs without code generation, and the names of what was sampled with them."""
-    sampled, original = [], picture.sample_row
+    sampled, original = [], picture.follow_row
 
     def counted(sampler, *rest, **named):
         compiled = isinstance(sampler.sampler.engine, StaticGraphs)
         sampled.append(str(sampler) if compiled else f"{sampler} eager")
         return original(sampler, *rest, **named)
 
-    monkeypatch.setattr(picture, "sample_row", counted)
+    monkeypatch.setattr(picture, "follow_row", counted)
     with compiler("eager"):
         yield sampled
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from flowturbo.system.values import check_json, plain, shown, typed
+from flowturbo.system.values import check_json, plain, rounded, shown, typed
 
 
 def nested(kind, depth=60):
@@ -78,3 +78,8 @@ def test_json_types_pass_and_what_would_be_endless_as_json_does_not():
         with pytest.raises(ValueError, match=r"its config"):
             check_json(odd, "its config")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234.5, "1230"), (98765, "98800"), (12.34, "12.3"), (0.012345, "0.0123")])
+def test_a_number_of_three_figures(value, text):
+    assert rounded(value) == text

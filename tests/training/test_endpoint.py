@@ -1,6 +1,7 @@
 """The recipe endpoint: trajectories in place of images, and the loss at their end."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,10 +178,17 @@ def test_a_run_without_images_lowers_the_error_that_users_will_see(flags, teache
     data = open_data(options, FrozenNetworks(predictor, NoAutoencoder(), CPU, torch.float32))
     z, y = data.starts(range(HELD_OUT))
     target = FlowTurbo(predictor, None, "M6", 1.0).sample(z, y)
-    for name, schedule in (("rmse", "M2R1"), ("rmse_free", "M2L1"), ("rmse_prefix", "M2")):
+    for name, schedule in (("rmse", "M2R1"), ("rmse_free", "M2L1"), ("rmse_without", "M2")):
         end = FlowTurbo(predictor, refiner, schedule, 1.0, "midpoint").sample(z, y)
-        error = (end - target).square().mean().sqrt()
-        assert [record[name] for record in logged][-1] == pytest.approx(float(error), rel=1e-4)
+        squares = (end - target).square().mean((1, 2, 3))
+        assert [record[name] for record in logged][-1] == pytest.approx(float(squares.mean().sqrt()), rel=1e-4)
+        error = squares.std() / len(squares) ** 0.5 / (2 * squares.mean().sqrt())
+        assert logged[-1][name + "_error"] == pytest.approx(float(error), rel=1e-4)
+    assert logged[-1]["step"] == logged[-2]["step"] == 60  # at the last log, and at the checkpoint
+    assert re.search(
+        r"step 60: end-point RMSE from 256 noises: M2R1 0\.\d{4} ± 0\.\d{4}, M2L1 .*, M2 .*, M2R1/M2L1 0\.\d{3} ± ",
+        (folder / "log.txt").read_text(),
+    )
 
 
 def test_images_that_are_given_are_not_used_and_that_is_said(flags, data, tmp_path):

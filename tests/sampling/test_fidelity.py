@@ -5,7 +5,7 @@ import torch
 
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.networks.autoencoder import load_autoencoder
-from flowturbo.planning.fidelity import Draws, Fidelity, end_points, fine_end_points, pixels
+from flowturbo.sampling.fidelity import Draws, Fidelity, end_points, fine_end_points, pixels
 from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings
 

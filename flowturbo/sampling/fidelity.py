@@ -28,8 +28,18 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
+    @classmethod
+    def mean(cls, values: Tensor) -> Estimate:
+        """The mean of values (N,) and its standard error, which is not known of one (nan)."""
+        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.standard_error:.4f}"
+        return format(self)
+
+    def __format__(self, form: str) -> str:
+        """Both numbers in a format of floats, by default with four decimals; without an error that is not known."""
+        numbers = [number for number in self if not math.isnan(number)]
+        return " ± ".join(format(number, form or ".4f") for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,14 @@ class Fidelity:
     @property
     def rmse(self) -> Estimate:
         """The root of the mean squared error."""
-        mean, error = _mean(self.squares)
+        mean, error = Estimate.mean(self.squares)
         root = math.sqrt(mean)
         return Estimate(root, error / (2 * root) if root else 0.0)
 
     @property
     def psnr(self) -> Estimate:
         """20 log10(span / RMSE), in dB; infinite where there is no error."""
-        mean, error = _mean(self.squares)
+        mean, error = Estimate.mean(self.squares)
         if not mean:
             return Estimate(math.inf, 0.0)
         return Estimate(10 * math.log10(self.span**2 / mean), 10 / math.log(10) * error / mean)
@@ -88,13 +98,9 @@ class Fidelity:
         if len(self) != len(other):
             raise ValueError(f"{len(self)} and {len(other)} samples cannot be paired")
         own, others = self.squares.mean(), other.squares.mean()
-        _, error = _mean(self.squares / own - other.squares / others)
+        _, error = Estimate.mean(self.squares / own - other.squares / others)
         value = math.sqrt(own / others)
         return Estimate(value, value * error / 2)
-
-
-def _mean(values: Tensor) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 
 class Draws(NamedTuple):

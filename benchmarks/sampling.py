@@ -132,9 +132,9 @@ class Group:
                 tqdm.write(f"{variant}: left out: {cli.one_line(reason)}")
                 left_out.add(variant)
                 continue
-            first, made = time.perf_counter() - begin, list[Tensor]()
-            once = Timing([stopwatch(self.plan.device)(lambda run=run, made=made: made.append(run.values()))])
-            difference = error(made[0], exact[schedule])
+            first = time.perf_counter() - begin
+            once, values = self.timed_once(run)
+            difference = error(values, exact[schedule])
             held = peak_memory(without_recording(run), self.plan.device)
             known[name] = {
                 **{"variant": variant, "schedule": schedule, "batch_size": self.batch_size, "decode": self.decode},
@@ -149,6 +149,15 @@ class Group:
             sys.stdout.flush()
             tell()
         return calls
+
+    def timed_once(self, run: Run) -> tuple[Timing, Tensor]:
+        """The time of one call, and the values that it made."""
+        made: list[Tensor] = []
+
+        def call() -> None:
+            made.append(run.values())
+
+        return Timing([stopwatch(self.plan.device)(call)]), made[0]
 
     def times(self, timing: Timing) -> dict[str, Any]:
         """What a row says of its timed calls."""

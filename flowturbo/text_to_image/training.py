@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flowturbo.data.loader import TrainingSamples
+from flowturbo.networks.compiled import check_compiler
 from flowturbo.networks.precision import pick_precision
 from flowturbo.system.claims import differences, write_record
 from flowturbo.system.code import made_by
@@ -190,6 +191,7 @@ def train(options: TextTrainingOptions, stop: StopRequest) -> tuple[Path, bool]:
         work = prepare(options, Trained(pipe, teacher, network, dtype), ranks)
         del pipe  # autoencoder and text encoders have done their work
         if options.hardware.compile:
+            ranks.agree(lambda: check_compiler(ranks.device))
             for each in {network, teacher}:
                 each.compile()
         with begin(options, ranks, network, work.data, work.images) as run:

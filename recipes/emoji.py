@@ -3,7 +3,7 @@
 Usage:
   python -m recipes.emoji                  # renders the pictures and trains: hours on one core; goes on if interrupted
   python -m recipes.emoji --small          # the same from nothing in minutes: four classes, a smaller model
-  python -m recipes.emoji --pictures       # the pictures alone, a folder for each class, to train on as docs/recipes.md says
+  python -m recipes.emoji --pictures       # the pictures alone, a folder for each class (docs/recipes.md)
   python -m recipes.emoji --figures        # measures the package's model: docs/colour-model.md
   python -m recipes.emoji --update-assets  # keeps what was trained as the package's model
 

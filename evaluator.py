@@ -13,6 +13,7 @@ from flowturbo.system import cli
 from flowturbo.system.files import atomic_write, check_writable
 from flowturbo.system.options import option, seed
 from flowturbo.system.values import plain
+from flowturbo.text_to_image.options import read_lines
 
 USUAL_COUNT = 50_000
 PARTS = ("frechet", "kid", "kid-subsets", "precision-recall", "images")
@@ -20,6 +21,7 @@ LABELS = ("random", "balanced")
 SOURCES = """\
   an ADM .npz      arr_0 (uint8, N×H×W×3); stored mu and sigma are used where the extractor is inception
   a folder         of images, also in subfolders, in the order of their paths
+  packed images    a zip, tar or parquet file, a folder of such, or a pattern with *
   a feature file   made by `python evaluator.py stats`, or by sample_ddp_feature.py --features
 """
 
@@ -32,6 +34,7 @@ examples:
   python evaluator.py digits/ samples/ --extractor pixels
 
 other commands (each has its own --help):
+  python evaluator.py clip SAMPLES --prompts FILE --clip DIR   how well images fit their captions
   python evaluator.py stats SOURCE -o FILE   statistics of images, once, for many comparisons
   python evaluator.py benchmark              time and memory of the metrics on this machine, beside torch-fidelity's
 
@@ -106,6 +109,20 @@ class Statistics:
     source: str = option(positional=True, metavar="SOURCE")
     output: str = option(help="the .npz to write", metavar="FILE", flags=("-o",))
     features: bool = option(False, "keep the features and logits of every image too")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What captions images are held against. Raises ValueError for impossible values."""
+
+    samples: str = option(positional=True, metavar="SAMPLES")
+    prompts: str = option(help="one caption a line; image i has line i, and again from the first", metavar="FILE")
+    clip: str = option(help="a CLIP as transformers saves it: weights, tokenizer, image processor", metavar="DIR")
+    batch_size: int = option(50, "images at once")
+    device: str = option("auto", "auto, cuda, cuda:K or cpu")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -206,6 +223,27 @@ def stats(argv: Sequence[str]) -> None:
     print(f"{options.output}: {features.extractor}, N = {features.count or 'not recorded'}")
 
 
+def clip(argv: Sequence[str]) -> None:
+    """SAMPLES --prompts FILE --clip DIR: print the CLIP score of images and their captions."""
+    parser = cli.new_parser(clip.__doc__)
+    parser.prog += " clip"
+    (options,) = cli.parse(parser, argv, {"what to score": Clip})
+    captions = read_lines(options.prompts)
+    if not captions:
+        raise ValueError(f"{options.prompts!r} holds no captions: expected one a line")
+
+    from flowturbo.evaluation.clip import ClipScorer, clip_scores
+    from flowturbo.evaluation.sides import Side
+    from flowturbo.system.distributed import pick_device
+
+    images = Side.open(options.samples).images
+    if images is None:
+        raise ValueError(f"{options.samples!r} holds features only: expected images")
+    scores = clip_scores(images, captions, ClipScorer(options.clip, pick_device(options.device)), options.batch_size)
+    error = float(scores.std()) / len(scores) ** 0.5
+    print(f"CLIP score {float(scores.mean()):.3f} ± {error:.3f} (N = {len(scores)}, {len(captions)} captions)")
+
+
 def benchmark(argv: Sequence[str]) -> None:
     """Print time, memory and values of features and metrics beside torch-fidelity's and scipy's, on random inputs.
 
@@ -236,7 +274,7 @@ def tell(notes: Sequence[str], warnings: Sequence[str]) -> None:
         print(plain(text), file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"stats": stats, "benchmark": benchmark}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"stats": stats, "clip": clip, "benchmark": benchmark}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 Usage:
   python -m recipes.emoji                  # renders the pictures and trains: hours on one core; goes on if interrupted
   python -m recipes.emoji --small          # the same from nothing in minutes: four classes, a smaller model
+  python -m recipes.emoji --pictures       # the pictures alone, a folder for each class (docs/recipes.md)
   python -m recipes.emoji --figures        # measures the package's model: docs/colour-model.md
   python -m recipes.emoji --update-assets  # keeps what was trained as the package's model
 
@@ -23,7 +24,8 @@ from flowturbo.system.options import option
 from flowturbo.weights.registry import MODELS, PACKAGED
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ["--vae-ckpt", "none", "--no-flip", "--num-workers", "0", "--sample-every", "0", "--keep-last", "2"]
+ALWAYS = ["--vae-ckpt", "none", "--no-flip", "--num-workers", "0", "--sample-every", "0"]
+ALWAYS += ["--keep-last", "2", "--keep-every", "0"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class Options:
     """What to do, and where."""
 
     out: str = option("results/emoji", "everything is written here", metavar="DIR")
+    pictures: bool = option(False, "write the pictures, and train nothing")
     small: bool = option(False, "four classes and a smaller model")
     figures: bool = option(False, "measure the model that comes with the package, and train none")
     update_assets: bool = option(False, "keep the trained networks as those of the package")
 
     def __post_init__(self) -> None:
-        if self.small + self.figures + self.update_assets > 1:
-            raise ValueError("small, figures and update_assets are three things: expected one of them")
+        if self.pictures + self.small + self.figures + self.update_assets > 1:
+            raise ValueError("pictures, small, figures and update_assets are four things: expected one of them")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = out / "pictures"
     count = render(pictures, classes=recipe.classes or tuple(CLASSES))
     print(f"{count} pictures in {len(recipe.classes or CLASSES)} classes: {pictures}")
+    if options.pictures:
+        return
     if not options.figures:
         predictor = train(out, "predictor", ("--data-path", str(pictures), *recipe.predictor))
         refiner = train(out, "refiner", ("--model-teacher-ckpt", str(predictor), *recipe.refiner))

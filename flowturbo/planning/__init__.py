@@ -1,1 +1,1 @@
-"""Choosing how to sample a frozen flow model: fidelity to its exact solution, learned solvers, schedules by budget."""
+"""Choosing how to sample a frozen flow model: learned solvers, schedules by budget."""

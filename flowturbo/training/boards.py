@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,15 +77,18 @@ class Boards:
             if find_spec(name) is None:
                 say(f"note: {name} is not installed, and gets no figures")
             else:
-                self._try(name, lambda name=name, make=make: self.open.update({name: make()}))
+                self._try(name, partial(self._open, name, make))
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
         for name, board in list(self.open.items()):
-            self._try(name, lambda board=board: board.add(figures, step))
+            self._try(name, partial(board.add, figures, step))
 
     def close(self) -> None:
         for name, board in list(self.open.items()):
             self._try(name, board.close)
+
+    def _open(self, name: str, make: Callable[[], Board]) -> None:
+        self.open[name] = make()
 
     def _try(self, name: str, act: Callable[[], object]) -> None:
         try:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from flowturbo.data.loader import Batch
 from flowturbo.data.parts import Part, place_of
+from flowturbo.models import SiT
 from flowturbo.sampling.fidelity import Estimate
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.curves import ERROR
@@ -32,7 +32,7 @@ class HeldOutLoss:
     Of many images it takes MOST_IMAGES, which their names pick; the standard error is over images.
     """
 
-    def __init__(self, options: TrainingOptions, frozen: FrozenNetworks, ema: nn.Module, data: Part):
+    def __init__(self, options: TrainingOptions, frozen: FrozenNetworks, ema: SiT, data: Part):
         eager = replace(
             options,
             hardware=replace(options.hardware, compile=False),  # no second graph for batches of another size

@@ -19,6 +19,7 @@ from flowturbo.data.parts import held_out_of
 from flowturbo.data.pictures import grid, save_png
 from flowturbo.data.report import contact_sheet
 from flowturbo.data.workers import LoaderFailed
+from flowturbo.models import SiT
 from flowturbo.networks.precision import cast
 from flowturbo.sampling.generate import ImageSampler, Networks, NotFinite
 from flowturbo.sampling.solvers import parse_sampler
@@ -153,7 +154,7 @@ class AnyRun:
             if stopping:
                 return failure
             if main and samples:
-                self.show(saved=saves)
+                self.show(log, saved=saves)
         return None
 
     def tell(self, measure: Measure, log: RunLog) -> None:
@@ -174,10 +175,13 @@ class AnyRun:
         checkpoints.record(path, self.state.save(path, without_folders(self.record)))
         return path
 
-    def show(self, saved: bool) -> None:
-        """Write the step's picture. Raises NotFinite where it is not, the state saved by then."""
+    def show(self, log: RunLog, saved: bool) -> None:
+        """Write the step's picture; where it cannot be written, that is said. Raises NotFinite where it is not finite,
+        the state saved by then."""
         try:
             save_png(self.folder / "samples" / f"{self.state.step:07d}.png", self.picture())
+        except OSError as error:
+            log.say(f"step {self.state.step}: no grid: {one_line(error)}")
         except NotFinite as error:
             path = self.folder / CHECKPOINTS if saved else self.save()
             raise NotFinite(f"step {self.state.step}: {error}; the run is saved in {path}") from None
@@ -193,6 +197,11 @@ class Run(AnyRun):
 
     options: TrainingOptions
     frozen: FrozenNetworks
+
+    @property
+    def ema(self) -> SiT:
+        """The averaged weights."""
+        return self.state.ema  # type: ignore[return-value]
 
     def loader(self, data: TrainingData, objective: Objective) -> DataLoader:
         """Batches for the steps that are left, of this rank's share."""
@@ -217,13 +226,13 @@ class Run(AnyRun):
         """What is measured of the averaged weights at every checkpoint: held-out loss, and a refiner's end points."""
         measures: list[Measure] = []
         if (held := held_out_of(data)) is not None:
-            measures.append(HeldOutLoss(self.options, self.frozen, self.state.ema, held))
+            measures.append(HeldOutLoss(self.options, self.frozen, self.ema, held))
         if isinstance(objective, EndpointMatching):
-            return [*measures, lambda: objective.measure(self.state.ema)]
+            return [*measures, lambda: objective.measure(self.ema)]
         refiner, schedule = self.options.refiner, parse_sampler(self.options.refiner.schedule).schedule
-        wanted = refiner.end_points and isinstance(schedule, Schedule) and schedule.has_refiner
-        if self.frozen.teacher is not None and wanted:
-            measures.append(EndPoints(self.networks, schedule, self.settings, refiner.reference, refiner.end_points))
+        if self.frozen.teacher is not None and isinstance(schedule, Schedule) and schedule.has_refiner:
+            ends = EndPoints(self.networks, schedule, self.settings, refiner.reference, refiner.end_points)
+            measures += [ends] if refiner.end_points else []
         return measures
 
     @property
@@ -234,14 +243,14 @@ class Run(AnyRun):
     @property
     def settings(self) -> SamplerSettings:
         """How this run's networks are sampled with: unguided where the predictor has no null class."""
-        predictor = self.frozen.teacher or self.state.ema
+        predictor = self.frozen.teacher or self.ema
         guidance = self.options.guidance.guidance if predictor.class_dropout_prob else Guidance(1.0)
         return SamplerSettings(guidance, self.options.refiner.refiner_step, self.options.predictor.path_type)
 
     def networks(self) -> Networks:
         """As users sample with them by now: the EMA's blocks and the autoencoder in the run's precision, in copies."""
         frozen, teacher, dtype = self.frozen, self.frozen.teacher, self.frozen.dtype
-        ema: Any = deepcopy(self.state.ema)
+        ema: Any = deepcopy(self.ema)
         cast(ema, dtype)
         return Networks(
             ema if teacher is None else teacher,
@@ -265,7 +274,7 @@ class Run(AnyRun):
 
     def shown_classes(self) -> dict[int, str]:
         """The classes of the grids, from all over those that have images, with their names."""
-        count = self.state.ema.num_classes
+        count = self.ema.num_classes
         own = ClassNames.from_config(self.record, count)
         if own is None or not any(own.names):
             own = self.frozen.class_names

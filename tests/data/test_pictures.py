@@ -89,3 +89,15 @@ def test_labels_stand_below_their_images_and_are_cut_to_their_width():
     ]
     assert (below[1][:, 66:68] == 255).all()  # the gap between two labels
     assert grid(rows, labels=[["", ""], ["a", "b"]]).height == bare.height + line  # no line for a row without any
+
+
+def test_a_row_without_a_caption_or_labels_has_no_place_for_them():
+    row = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    line = int(12 * 1.6)
+    bare = grid([row] * 3)
+    some = grid([row] * 3, ["a", "", ""], ["", "", ["one", "two"]])
+    assert some.height - bare.height == 2 * line
+    shown = np.asarray(some)
+    for top in (2 + line, 2 + line + 34, 2 + line + 68):
+        assert (shown[top : top + 32, 2:34] == 0).all()
+    assert (shown[2 + line + 102 :, :34] < 128).any()  # the label

@@ -93,6 +93,17 @@ def test_the_first_grid_comes_with_the_first_checkpoint(flags, target, tmp_path)
     assert sorted(path.stem for path in (folder / "samples").iterdir()) == ["0000002", "0000005"]
 
 
+def test_a_grid_that_cannot_be_written_ends_nothing(flags, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("cannot write 'a.png': No space left on device")
+
+    monkeypatch.setattr(Run, "picture", full)
+    folder = run(tmp_path, *flags("predictor"), "--steps", 2, "--sample-every", 1)
+    text = (folder / "log.txt").read_text()
+    assert text.count("no grid: cannot write 'a.png': No space left on device") == 2
+    assert checkpoint(folder, 2)["step"] == 2
+
+
 # ---- measurements
 
 

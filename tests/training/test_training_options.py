@@ -62,7 +62,7 @@ def test_the_settings_are_json_and_those_of_earlier_versions():
     assert json.loads(json.dumps(settings)) == settings
     assert settings.keys() - old["training"].keys() == {
         *("lr_schedule", "time_distribution", "background", "schedule", "refiner_step", "trajectories", "reference"),
-        *("cfg_channels", "cfg_interval", "cfg_every", "check_data"),
+        *("cfg_channels", "cfg_interval", "cfg_every", "check_data", "holdout", "end_points", "wandb"),
     }
     assert old["training"].keys() <= settings.keys()
     assert settings.keys() == {"target"} | {each.name for kind in KINDS.values() for each in fields(kind)}

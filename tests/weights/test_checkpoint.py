@@ -209,6 +209,22 @@ def test_keeping_the_last_never_drops_what_was_just_written(tmp_path):
     assert not folder.path(1100).exists()
 
 
+def test_what_is_read_stays_whole_when_it_is_dropped_and_the_first_step_is_no_fifth(tmp_path):
+    """A checkpoint is mapped, not copied: a run may drop it while another process reads it."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=1, keep_every=50)
+
+    def save(step):
+        folder.record(folder.path(step), save_checkpoint(folder.path(step), {"w": torch.full((100_000,), float(step))}))
+
+    save(0)
+    (folder.folder / "best.pt").write_bytes(b"of a user")
+    read = load_checkpoint(folder.path(0))
+    for step in (10, 50, 60, 70):
+        save(step)
+    assert sorted(path.name for path in folder.folder.glob("*.pt")) == ["0000050.pt", "0000070.pt", "best.pt"]
+    assert torch.equal(read["w"], torch.zeros(100_000))
+
+
 # ---- what a name stands for
 
 

@@ -22,7 +22,9 @@ from flowturbo.system.options import option
 class Options:
     """What is cached. Raises ValueError for impossible values."""
 
-    source: str = option(help="one folder of images per class", metavar="SRC", positional=True)
+    source: str = option(
+        help="one folder of images per class, or packed files (zip, tar, parquet)", metavar="SRC", positional=True
+    )
     destination: str = option(help="folder for the latents", metavar="DST", positional=True)
     vae_ckpt: str = option("vae-ema", "autoencoder: an alias, a hub id or a local folder", metavar="NAME")
     image_size: int = option(256, "side of the square crop")
@@ -42,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, caching = cli.parse(cli.new_parser(__doc__), argv, kinds)
 
     from flowturbo.data.caching import cache_latents
-    from flowturbo.data.folders import ClassFolder
+    from flowturbo.data.packed import open_images
     from flowturbo.data.walk import describe
     from flowturbo.networks.autoencoder import Autoencoder, load_autoencoder
     from flowturbo.system.distributed import world
 
     with world(options.device) as ranks:
-        data = ClassFolder(options.source, options.image_size, background=options.background)
+        data = open_images(options.source, options.image_size, background=options.background)
         if ranks.is_main:
             for note in filter(None, (describe(data.skipped), data.note)):
                 print(f"note: {note}")

@@ -44,7 +44,7 @@ ASSET = ROOT / "flowturbo" / "assets" / "digit-pairs"
 # Rows of the table: as many evaluations of the predictor in each part, R beside the same without evaluations (L).
 ROWS = (
     *("Euler7", "UniPC7", "DPM++7", "H1P5", "A7", "M6"),
-    *("H1P5L2", "H1P5R2", "H1P5R1"),
+    *("H1P5L2", "H1P5R2", "H1P5L1", "H1P5R1"),
     *("H5", "H8"),
 )
 GUIDANCE = 2.0

@@ -11,6 +11,7 @@ Usage:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files, options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS)
     variants = [replace(options, schedule=text) for text in files.compare or [options.schedule]]
     out = Path(files.out or default_name(files, options))
+    check_together(files, options, out)
     for path in filter(None, (out, files.steps_picture)):
         check_writable(path)
 
@@ -105,6 +107,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_images(out, made[0].images)
         if files.steps_picture:
             save_steps(Path(files.steps_picture), [strip(*each) for each in zip(editors, made)], captions)
+
+
+def check_together(files: FileOptions, options: EditOptions, out: Path) -> None:
+    """Raises ValueError for two outputs in one file, and where inversion is asked for what edits alone can do."""
+    if files.steps_picture and Path(files.steps_picture).resolve() == out.resolve():
+        raise ValueError(f"out and steps_picture are both {os.fspath(out)!r}: expected two files")
+    if files.invert or files.noise:
+        for name in ("from_class", "remove", "method", "strength", "num_images", "resample", "feather", "keep_size"):
+            if getattr(options, name) != getattr(EditOptions(), name):
+                raise ValueError(f"{name} is for edits, not for inversion")
 
 
 def default_name(files: FileOptions, options: EditOptions) -> str:

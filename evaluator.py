@@ -13,12 +13,15 @@ from flowturbo.system import cli
 from flowturbo.system.files import atomic_write, check_writable
 from flowturbo.system.options import option, seed
 from flowturbo.system.values import plain
+from flowturbo.text_to_image.options import read_lines
 
 USUAL_COUNT = 50_000
+PARTS = ("frechet", "kid", "kid-subsets", "precision-recall", "images")
 LABELS = ("random", "balanced")
 SOURCES = """\
   an ADM .npz      arr_0 (uint8, N×H×W×3); stored mu and sigma are used where the extractor is inception
   a folder         of images, also in subfolders, in the order of their paths
+  packed images    a zip, tar or parquet file, a folder of such, or a pattern with *
   a feature file   made by `python evaluator.py stats`, or by sample_ddp_feature.py --features
 """
 
@@ -31,8 +34,9 @@ examples:
   python evaluator.py digits/ samples/ --extractor pixels
 
 other commands (each has its own --help):
+  python evaluator.py clip SAMPLES --prompts FILE --clip DIR   how well images fit their captions
   python evaluator.py stats SOURCE -o FILE   statistics of images, once, for many comparisons
-  python evaluator.py benchmark              time and memory of the Fréchet distance on this machine
+  python evaluator.py benchmark              time and memory of the metrics on this machine, beside torch-fidelity's
 
 FID, sFID, KID and MIND: smaller is better; the others: larger. Values at different N are not comparable. The
 Inception Score takes splits of 5000 in file order, so samples sorted by class ruin it. Each metric that lacks
@@ -83,12 +87,17 @@ class Comparison:
     json: str | None = option(None, "also write the result here", metavar="FILE")
     bootstrap: int = option(0, "standard errors from K resamples; 0: none", metavar="K")
     seed: int = option(0, "of the resamples", type=seed)
+    kid_subsets: int = option(
+        0,
+        "KID as torch-fidelity computes it, over K random subsets of 1000 (its default is 100); 0: over all pairs",
+        metavar="K",
+    )
     half_precision: bool = option(
         False, "precision and recall with distances in half precision, as the ADM suite computes them"
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "bootstrap")
+        at_least(self, 0, "bootstrap", "kid_subsets")
         if self.bootstrap == 1:
             raise ValueError("bootstrap 1: a standard error needs at least 2 resamples")
 
@@ -103,15 +112,34 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """What captions images are held against. Raises ValueError for impossible values."""
+
+    samples: str = option(positional=True, metavar="SAMPLES")
+    prompts: str = option(help="one caption a line; image i has line i, and again from the first", metavar="FILE")
+    clip: str = option(help="a CLIP as transformers saves it: weights, tokenizer, image processor", metavar="DIR")
+    batch_size: int = option(50, "images at once")
+    device: str = option("auto", "auto, cuda, cuda:K or cpu")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """How large a benchmark is. Raises ValueError for impossible values."""
 
+    parts: tuple[str, ...] = option(PARTS, "what to measure; default: all", nargs="+", choices=PARTS)
     count: int = option(USUAL_COUNT, "feature vectors on each side")
+    references: int = option(10_000, "of the reference side, for KID, precision and recall")
     dimensions: int = option(2048, "of each")
+    images: int = option(100, "of 256x256 pixels, for the extraction")
     repeats: int = option(3, "runs, of which the median counts")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "count", "dimensions", "repeats")
+        at_least(self, 1, "dimensions", "repeats")
+        at_least(self, 2, "images")
+        at_least(self, 4, "count", "references")
 
 
 def at_least(options: object, least: int, *names: str) -> None:
@@ -154,7 +182,7 @@ def compare(argv: Sequence[str]) -> None:
             f"with values at {USUAL_COUNT}"
         )
     tell(notes, warnings)
-    settings = {"bootstrap": options.bootstrap, "seed": options.seed, "half_precision": options.half_precision}
+    settings = {name: getattr(options, name) for name in ("bootstrap", "seed", "half_precision", "kid_subsets")}
     metrics = evaluate(reference, samples, **settings, device=device)
     measured = dict(tqdm(metrics, total=len(METRICS), desc="metrics", leave=False, disable=None))
     if options.json:
@@ -195,21 +223,49 @@ def stats(argv: Sequence[str]) -> None:
     print(f"{options.output}: {features.extractor}, N = {features.count or 'not recorded'}")
 
 
+def clip(argv: Sequence[str]) -> None:
+    """SAMPLES --prompts FILE --clip DIR: print the CLIP score of images and their captions."""
+    parser = cli.new_parser(clip.__doc__)
+    parser.prog += " clip"
+    (options,) = cli.parse(parser, argv, {"what to score": Clip})
+    captions = read_lines(options.prompts)
+    if not captions:
+        raise ValueError(f"{options.prompts!r} holds no captions: expected one a line")
+
+    from flowturbo.evaluation.clip import ClipScorer, clip_scores
+    from flowturbo.evaluation.sides import Side
+    from flowturbo.system.distributed import pick_device
+
+    images = Side.open(options.samples).images
+    if images is None:
+        raise ValueError(f"{options.samples!r} holds features only: expected images")
+    scores = clip_scores(images, captions, ClipScorer(options.clip, pick_device(options.device)), options.batch_size)
+    error = float(scores.std()) / len(scores) ** 0.5
+    print(f"CLIP score {float(scores.mean()):.3f} ± {error:.3f} (N = {len(scores)}, {len(captions)} captions)")
+
+
 def benchmark(argv: Sequence[str]) -> None:
-    """Print the time and memory of the Fréchet distance beside torch-fidelity's and scipy.linalg.sqrtm's."""
+    """Print time, memory and values of features and metrics beside torch-fidelity's and scipy's, on random inputs.
+
+    Without smaller sizes it takes most of an hour on one core.
+    """
     parser = cli.new_parser(benchmark.__doc__)
     parser.prog += " benchmark"
     (options,) = cli.parse(parser, argv, {"size": Benchmark})
 
     import torch
 
-    from benchmarks.evaluation import compare_frechet, summary
+    from benchmarks.evaluation import compare
+    from benchmarks.measure import processor
+    from benchmarks.metrics import Inputs
 
     print(
-        f"two sets of {options.count} × {options.dimensions} features, median of {options.repeats} interleaved runs, "
-        f"{torch.get_num_threads()} threads"
+        f"{processor()}, {torch.get_num_threads()} threads; {options.count} samples, {options.references} references, "
+        f"{options.dimensions} dimensions; medians of {options.repeats} interleaved runs"
     )
-    print(summary(compare_frechet(options.count, options.dimensions, options.repeats)))
+    inputs = Inputs(options.count, options.references, options.dimensions, options.images)
+    for text in compare(inputs, options.repeats, options.parts):
+        print(text, flush=True)
 
 
 def tell(notes: Sequence[str], warnings: Sequence[str]) -> None:
@@ -218,7 +274,7 @@ def tell(notes: Sequence[str], warnings: Sequence[str]) -> None:
         print(plain(text), file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"stats": stats, "benchmark": benchmark}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"stats": stats, "clip": clip, "benchmark": benchmark}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

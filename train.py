@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from flowturbo.networks.compiled import check_compiler
     from flowturbo.system.distributed import world
     from flowturbo.training.build import load_frozen, look_at, new_model, open_data, report_on
     from flowturbo.training.objective import make_objective
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = open_data(options, frozen)
         notes = ranks.agree(lambda: look_at(data))
         model = new_model(options, frozen, data).to(ranks.device)
+        if options.hardware.compile:
+            ranks.agree(lambda: check_compiler(ranks.device))
         with begin(options, ranks, frozen, model, data) as run:
             done = run.execute(data, make_objective(options, frozen, model, data), stop, notes)
     if not done:

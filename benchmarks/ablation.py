@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -14,22 +16,23 @@ import torch._inductor.utils
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import interleave
+from benchmarks.measure import Keep, Roofline, interleave
 from benchmarks.options import Plan
+from benchmarks.published import PlainSiT, ReleasedStyle
 from benchmarks.variants import (
     Error,
     Networks,
-    ReleasedStyle,
     build_networks,
     error,
     noise_and_labels,
     reference,
 )
 from flowturbo.models import run_block
-from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.compiled import CannotCompile, StaticGraphs, check_compiler
 from flowturbo.networks.patches import block_step
 from flowturbo.networks.precision import quantize
 from flowturbo.sampling.solvers import parse_schedule
+from flowturbo.system import cli
 from flowturbo.transport import FlowTurbo
 
 Run = Callable[[Tensor, Tensor], Tensor]
@@ -58,7 +61,7 @@ class Row:
     error: Error
 
 
-def measure(plan: Plan) -> list[Row]:
+def measure(plan: Plan, best: Roofline, keep: Keep) -> list[Row]:
     """A table for each schedule, batch size, with and without decoding."""
     networks = build_networks(plan)
     rows: list[Row] = []
@@ -66,9 +69,10 @@ def measure(plan: Plan) -> list[Row]:
         for batch_size in plan.batch_sizes:
             for decode in plan.decode:
                 group = measure_group(plan, networks, schedule, batch_size, decode)
-                print(f"{schedule}, batch {batch_size}, {'with' if decode else 'without'} decoding")
-                print(table(group), end="\n\n")
+                print(f"{schedule}, batch {batch_size}, {'with' if decode else 'without'} decoding; {best}")
+                print(table(group), end="\n\n", flush=True)
                 rows += group
+                keep([asdict(row) for row in rows])
     return rows
 
 
@@ -79,7 +83,7 @@ def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dic
     slow = networks.autoencoder.decode if decode else None
     fast = networks.fast_compiled_autoencoder.decode if decode else None
     slow_compiled = networks.compiled_autoencoder.decode if decode else None
-    full = (networks.predictor, networks.refiner, named, plan.cfg_scale)
+    full = (PlainSiT(networks.predictor), PlainSiT(networks.refiner), named, plan.cfg_scale)
     held = (networks.fast_predictor, networks.fast_refiner, named, plan.cfg_scale)
 
     def static(*, decode: Callable[[Tensor], Tensor] | None, graphs: bool = True, recording: bool = False) -> Run:
@@ -88,12 +92,14 @@ def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dic
         sampler.engine.recording = recording
         if not graphs:
             sampler.engine.step = block_step
+            sampler.engine.run = dict.fromkeys(sampler.engine.run, run_block)
         return sampler.sample
 
     def whole() -> Run:
         sampler = FlowTurbo(*held, engine=StaticGraphs, decode=slow)
         assert isinstance(sampler.engine, StaticGraphs)
         sampler.engine.recording = False
+        sampler.engine.step = torch.compile(block_step, fullgraph=True, dynamic=False)
         sampler.engine.run = dict.fromkeys(sampler.engine.run, run_block)
         return sampler.sample
 
@@ -137,15 +143,18 @@ def measure_group(plan: Plan, networks: Networks, schedule: str, batch_size: int
     changes = variants(plan, networks, schedule, decode)
     for name, build in tqdm(changes.items(), desc="first calls", unit="variant", leave=False, disable=None):
         with torch._inductor.utils.fresh_cache():
-            torch.compile(lambda x: x + 1)(z)  # start the compiler: it prepares its headers once
+            with suppress(CannotCompile):  # it prepares its headers, once
+                check_compiler(plan.device)
             try:
                 run = build()
-            except ValueError as reason:  # 8 bits, on a device that cannot
-                tqdm.write(f"{name}: left out: {reason}")
+                begin = time.perf_counter()
+                result = run(z, y)
+            except ValueError as reason:  # 8 bits on a device that cannot, or no compiler
+                tqdm.write(f"{name}: left out: {cli.one_line(reason)}")
                 continue
-            begin = time.perf_counter()
-            errors[name] = error(run(z, y), exact)
-            first[name] = time.perf_counter() - begin
+            first[name], errors[name] = time.perf_counter() - begin, error(result, exact)
+            tqdm.write(f"{name}: first call {first[name]:.1f} s, error {errors[name].rms:.1e}")
+            sys.stdout.flush()
         calls[name] = partial(run, z, y)
     timings = interleave(calls, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="ablation")
     rows: list[Row] = []

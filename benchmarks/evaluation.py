@@ -1,4 +1,4 @@
-"""Time and memory of the Fréchet distance on this machine: ours, torch-fidelity's, and scipy.linalg.sqrtm's."""
+"""Time, memory and values of the metrics on this machine, beside torch-fidelity's and scipy's."""
 
 from __future__ import annotations
 
@@ -8,118 +8,119 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from tqdm import tqdm
 
-from flowturbo.evaluation.metrics import frechet_distance
-from flowturbo.evaluation.statistics import GaussianStatistics
+from benchmarks.metrics import (
+    PARTS,
+    READY,
+    Inputs,
+    float32_errors,
+    product_rates,
+    write_inception,
+    write_inputs,
+)
+
+WARM_UP = Inputs(count=64, references=64, dimensions=4, images=2)
 
 
 class Run(NamedTuple):
-    """Seconds for the moments of both sides and for the distance between them, the distance, and peak memory."""
+    """Seconds by stage, the values, and peak memory."""
 
-    moments: float
-    distance: float
-    value: float
+    seconds: dict[str, float]
+    values: np.ndarray
     peak_gb: float
 
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
-def compare_frechet(count: int = 50_000, dimensions: int = 2048, repeats: int = 3) -> dict[str, list[Run]]:
-    """Run each method `repeats` times, interleaved, on two float32 feature sets (count, dimensions).
 
-    Every run has a process of its own, so that its peak memory is its own; that includes both feature sets and
-    the imported libraries. Loading and importing are not timed.
+def compare(inputs: Inputs, repeats: int, parts: Collection[str]) -> Iterator[str]:
+    """Yield a text for each part: its methods run `repeats` times in turn, each run in a process of its own.
+
+    So the peak memory of a run is its own; it includes features and libraries. Loading and importing are not timed.
     """
-    runs: dict[str, list[Run]] = {name: [] for name in METHODS}
-    with tempfile.TemporaryDirectory() as folder:
-        _in_new_process(_write_features, folder, count, dimensions)
-        for _ in range(repeats):
-            for name, done in runs.items():
-                done.append(_in_new_process(_measure, name, folder))
-    return runs
+    rates = _in_new_process(product_rates)
+    yield "matrix products: " + "; ".join(
+        f"{dtype} " + ", ".join(f"{rate / 1e9:.1f} GFLOP/s ({library})" for library, rate in found.items())
+        for dtype, found in rates.items()
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder, small = Path(name, "inputs"), Path(name, "warm-up")
+        for place, size in ((folder, inputs), (small, WARM_UP)):
+            place.mkdir()
+            _in_new_process(write_inputs, place, size)
+        if "images" in parts:
+            _in_new_process(write_inception, folder / "inception.pth")
+            (small / "inception.pth").symlink_to(folder / "inception.pth")
+        for part in parts:
+            runs: dict[str, list[Run]] = {method: [] for method in PARTS[part]}
+            rounds = [method for _ in range(repeats) for method in runs]
+            for method in tqdm(rounds, desc=part, unit="run", leave=False, disable=None):
+                runs[method].append(_in_new_process(measure, part, method, folder, small))
+            yield f"\n{part}\n{table(runs)}{_remark(part, runs, inputs, rates, folder)}"
 
 
-def summary(runs: dict[str, list[Run]]) -> str:
-    """A table of medians, with ratios to ours and relative differences of the values from ours."""
-    lines = [
-        f"{'':16}{'moments s':>11}{'distance s':>12}{'ratio':>8}{'both s':>9}{'ratio':>8}{'peak GB':>9}"
-        f"{'value':>14}{'difference':>12}"
-    ]
-    medians = {name: Run(*(statistics.median(column) for column in zip(*done))) for name, done in runs.items()}
-    ours = next(iter(medians.values()))
-    for name, run in medians.items():
-        both, our_both = run.moments + run.distance, ours.moments + ours.distance
+def measure(part: str, method: str, folder: Path, small: Path) -> Run:
+    """One run, after a small one that imports what there is to import."""
+    for _ in PARTS[part][method](small):
+        pass
+    stages, seconds = PARTS[part][method](folder), {}
+    assert next(stages) == READY
+    while True:
+        start = time.perf_counter()
+        try:
+            stage = next(stages)
+        except StopIteration as ended:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+            return Run(seconds, ended.value, peak)
+        seconds[stage] = time.perf_counter() - start
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """Medians, with the time as a multiple of the first method's, and the largest difference from its values."""
+    first = next(iter(runs.values()))
+    stages = [stage for stage in first[0].seconds if stage != "all"]
+    columns = [*(f"{stage} s" for stage in stages), "s", "ratio", "peak GB", "value", "difference"]
+    lines = ["".join([f"{'':22}", *(f"{column:>12}" for column in columns)])]
+    for name, done in runs.items():
+        parts = [f"{statistics.median(run.seconds[stage] for run in done):12.2f}" for stage in stages]
+        total = statistics.median(run.total for run in done)
+        ratio = total / statistics.median(run.total for run in first)
+        peak = statistics.median(run.peak_gb for run in done)
+        values, ours = done[0].values, first[0].values
+        difference = np.abs(values - ours).max() / np.abs(ours).max()
         lines.append(
-            f"{name:16}{run.moments:11.2f}{run.distance:12.2f}{run.distance / ours.distance:7.1f}x"
-            f"{both:9.2f}{both / our_both:7.1f}x{run.peak_gb:9.2f}{run.value:14.8f}"
-            f"{abs(run.value / ours.value - 1):12.1e}"
+            "".join([f"{name:22}", *parts])
+            + f"{total:12.2f}{ratio:11.2f}x{peak:12.2f}{values.flat[0]:12.7f}{difference:12.1e}"
         )
     return "\n".join(lines)
 
 
-def _write_features(folder: str, count: int, dimensions: int) -> None:
-    """Correlated, non-negative features with a decaying spectrum, the two sides a little apart."""
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.arange(1, dimensions + 1) ** -0.5
-    mixing = torch.randn(dimensions, dimensions, generator=generator) * scale
-    for side, spread in (("reference", 1.0), ("samples", 1.05)):
-        features = torch.randn(count, dimensions, generator=generator) @ mixing.T
-        np.save(Path(folder, f"{side}.npy"), (features.relu() * (0.1 * spread)).numpy())
-
-
-def _ours(samples: np.ndarray, reference: np.ndarray) -> tuple[Any, Any, Callable[[Any, Any], float]]:
-    def moments(features: np.ndarray) -> Any:
-        streamed = GaussianStatistics(features.shape[1])
-        streamed.update(torch.from_numpy(features))
-        return streamed.gaussian()
-
-    return moments(samples), moments(reference), lambda s, r: frechet_distance(*r, *s)
-
-
-def _torch_fidelity(samples: np.ndarray, reference: np.ndarray) -> tuple[Any, Any, Callable[[Any, Any], float]]:
-    from torch_fidelity import metric_fid
-
-    def distance(s: Any, r: Any) -> float:
-        return metric_fid.fid_statistics_to_metric(s, r, False)[metric_fid.KEY_METRIC_FID]
-
-    s, r = (metric_fid.fid_features_to_statistics(torch.from_numpy(side)) for side in (samples, reference))
-    return s, r, distance
-
-
-def _scipy_sqrtm(samples: np.ndarray, reference: np.ndarray) -> tuple[Any, Any, Callable[[Any, Any], float]]:
-    import scipy.linalg
-
-    def distance(s: Any, r: Any) -> float:
-        root = scipy.linalg.sqrtm(s[1] @ r[1])
-        return ((s[0] - r[0]) ** 2).sum() + np.trace(s[1]) + np.trace(r[1]) - 2 * np.trace(root).real
-
-    s, r = ((side.mean(axis=0, dtype=np.float64), np.cov(side, rowvar=False)) for side in (samples, reference))
-    return s, r, distance
-
-
-METHODS: dict[str, Callable[..., Any]] = {
-    "ours": _ours,
-    "torch-fidelity": _torch_fidelity,
-    "scipy sqrtm": _scipy_sqrtm,
-}
-
-
-def _measure(name: str, folder: str) -> Run:
-    samples, reference = (np.load(Path(folder, f"{side}.npy")) for side in ("samples", "reference"))
-    samples_4, reference_4, distance = METHODS[name](samples[:8, :4], reference[:8, :4])
-    distance(samples_4, reference_4)  # imports, and starts the threads
-    start = time.perf_counter()
-    sample_moments, reference_moments, distance = METHODS[name](samples, reference)
-    middle = time.perf_counter()
-    value = float(distance(sample_moments, reference_moments))
-    end = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return Run(middle - start, end - middle, value, peak)
+def _remark(
+    part: str, runs: dict[str, list[Run]], inputs: Inputs, rates: dict[str, dict[str, float]], folder: Path
+) -> str:
+    """What a part's seconds mean."""
+    ours = next(iter(runs.values()))
+    if part == "frechet":
+        rate = 2 * inputs.count * inputs.dimensions**2 / statistics.median(run.seconds["moments"] for run in ours)
+        share = rate / max(rates["float64"].values())
+        return f"\nmoments: {rate / 1e9:.1f} GFLOP/s, counting N·D² a side: {share:.2f} of the float64 products"
+    if part == "images":
+        return f"\n{inputs.images / statistics.median(run.total for run in ours):.2f} images/s"
+    if part in ("kid", "precision-recall"):
+        errors = _in_new_process(float32_errors, folder)
+        found = {name: error for name, error in errors.items() if (name == "KID") == (part == "kid")}
+        return "\nfloat32 against float64 products, 3000 a side: " + ", ".join(
+            f"{name} {error:.1e}" for name, error in found.items()
+        )
+    return ""
 
 
 def _in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

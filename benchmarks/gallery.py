@@ -25,7 +25,9 @@ class GalleryOptions:
 
     out: str = option(metavar="PNG", help="where the picture goes")
     data_path: str | None = option(None, "one folder of images per class (default: digits)", metavar="DIR")
-    images: int = option(12, "how many of them, each of another class where there are so many")
+    images: int = option(12, "how many of them, going round the classes")
+    classes: tuple[str, ...] | None = option(None, "of the images; each is changed into the next one (default: all)")
+    kept: str = option("upper", "the half that inpainting keeps", choices=("upper", "left"))
     first: int = option(0, "which image of its class")
     schedule: str = option("M6", "of every edit")
     side: int = option(64, "pixels of an image in the picture, at least")
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from benchmarks.judges import read_data
+    from flowturbo.data.classes import class_index
     from flowturbo.data.pictures import grid, save_png
     from flowturbo.sampling.editing import edit
     from flowturbo.sampling.generate import find_files, load_networks
@@ -52,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         network_options, find_files(network_options, parse_sampler(options.schedule).needs_refiner)
     )
     data = read_data(options.data_path, 0, networks)
-    classes = [label for label in range(networks.predictor.num_classes) if (data.labels == label).any()]
+    count = networks.predictor.num_classes
+    wanted = options.classes or map(str, sorted(set(data.labels.tolist())))
+    classes = [class_index(name, count, networks.class_names) for name in wanted]
     labels = [classes[k % len(classes)] for k in range(options.images)]
     chosen = [of_class(data.labels, label, options.first + k // len(classes)) for k, label in enumerate(labels)]
     size = networks.image_size
     mask = torch.zeros(size, size, dtype=torch.uint8)
-    mask[size // 2 :] = 255
+    mask[(..., slice(size // 2, None)) if options.kept == "left" else slice(size // 2, None)] = 255
 
     def row(**wanted: object) -> torch.Tensor:
         """Every image edited: to its own class with a mask, to the next one without."""
@@ -73,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = {
         "original": data.images[chosen],
-        "the upper half is kept": torch.where(mask > 0, 128, data.images[chosen]),
-        "the lower half painted anew": row(feather=0),
+        f"the {options.kept} half is kept": torch.where(mask > 0, 128, data.images[chosen]),
+        "the other half painted anew": row(feather=0),
         "into the next class: SDEdit, strength 0.7": row(method="sdedit", strength=0.7),
         "inversion, strength 0.7": row(method="invert", strength=0.7),
         "FlowEdit, strength 0.8": row(method="flowedit", strength=0.8),
@@ -86,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def of_class(labels, label: int, number: int) -> int:  # type: ignore[no-untyped-def]
     """The index of one image of a class, going round them."""
     found = (labels == label).nonzero()[:, 0]
+    if not len(found):
+        raise ValueError(f"the data have no image of class {label}")
     return int(found[number % len(found)])
 
 

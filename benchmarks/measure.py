@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,10 @@ from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from flowturbo.networks.precision import has_bf16
+
 Name = TypeVar("Name")
+Keep = Callable[[list[dict[str, Any]]], object]  # is given all rows so far, as JSON types, whenever there are more
 
 
 @dataclass
@@ -65,17 +70,41 @@ def interleave(
     repeats: int,
     warm_up: int,
     title: str = "",
+    on_round: Callable[[Mapping[Name, Timing]], object] = lambda timings: None,
     wall: bool = False,
 ) -> dict[Name, Timing]:
-    """Time the calls in turn, round by round, so that whatever disturbs the machine disturbs them all."""
+    """Time the calls in turn, round by round, so that whatever disturbs the machine disturbs them all.
+
+    Python collects its garbage between the rounds, never within. `on_round` is given the timings after each round;
+    `wall` as of `stopwatch`.
+    """
     seconds = stopwatch(device, wall)
     timings = {name: Timing() for name in calls}
-    for k in tqdm(range(-warm_up, repeats), unit="round", desc=title, leave=False, disable=None):
-        for name, call in calls.items():
-            spent = seconds(call)
+    total = (repeats + warm_up) * len(calls)
+    with tqdm(total=total, unit="call", desc=title, leave=False, disable=None) as bar:
+        for k in range(-warm_up, repeats):
+            with no_collection():
+                for name, call in calls.items():
+                    spent = seconds(call)
+                    if k >= 0:
+                        timings[name].seconds.append(spent)
+                    bar.update()
             if k >= 0:
-                timings[name].seconds.append(spent)
+                on_round(timings)
     return timings
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Within it Python's garbage collector stands still: it would run in whichever call comes next, and for long."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
@@ -97,22 +126,38 @@ def flops(call: Callable[[], object]) -> int:
 
 @dataclass
 class Roofline:
-    """The best rates that this device reaches here: matrix products, FLOP/s, and copies, bytes/s."""
+    """The best rates that this device reaches here: matrix products by type, FLOP/s, and copies, bytes/s."""
 
-    matmul: float
+    products: dict[str, float]  # float32, bfloat16 where the device multiplies it itself, and the type measured in
     copy: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The rate of products in a type."""
+        return self.products[name_of(dtype)]
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.products.items())
+        return f"matrix products here: {rates}; copies {self.copy / 1e9:.3g} GB/s"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32, bfloat16, float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def roofline(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roofline:
-    """Measured with one large square product (8192, on a CPU 2048), and one large copy (1 GiB, on a CPU 1/4)."""
+    """Measured with large square products (8192, on a CPU 2048), and one large copy (1 GiB, on a CPU 1/4)."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    dtypes = dict.fromkeys([torch.float32, *([torch.bfloat16] if has_bf16(device) else []), dtype])
+    pairs = {kind: torch.randn(2, size, size, device=device).to(kind) for kind in dtypes}
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    calls = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    calls: dict[str, Callable[[], object]] = {name_of(kind): partial(torch.matmul, *pairs[kind]) for kind in dtypes}
+    calls["copy"] = lambda: target.copy_(source)
     timings = interleave(calls, device, repeats=repeats, warm_up=3, title="roofline")
     best = {name: min(timing.seconds) for name, timing in timings.items()}
-    return Roofline(2 * size**3 / best["matmul"], 2 * 4 * source.numel() / best["copy"])
+    copied = best.pop("copy")
+    return Roofline({name: 2 * size**3 / spent for name, spent in best.items()}, 2 * 4 * source.numel() / copied)
 
 
 def kernel_seconds(

@@ -47,9 +47,7 @@ class BenchmarkOptions:
     repeats: int | None = option(None, "timed rounds (default: 20; on a CPU 3)")
     threads: int = option(1, "of a CPU")
     device: str = option("auto", DEVICE_HELP)
-    precision: str = option(
-        "auto", "auto is bf16 where the device, CPU or GPU, multiplies it itself", choices=PRECISIONS
-    )
+    precision: str = option("auto", "as in sample.py: auto is bf16 on CUDA, fp32 elsewhere", choices=PRECISIONS)
     json: str | None = option(None, "also write the figures here", metavar="FILE")
     plot: str | None = option(None, "also draw them: latencies, and what they are made of", metavar="PNG")
 
@@ -101,6 +99,35 @@ class QualityOptions:
 
 
 @dataclass(frozen=True)
+class ReproduceOptions:
+    """What is measured anew of the paper. Raises ValueError for impossible values."""
+
+    reproduce: bool = option(False, "the paper's rows and the fair table's: FID, FD-DINOv2, ms; goes on if run again")
+    num_samples: int = option(50_000, "images of each row")
+    schedules: tuple[str, ...] | None = option(None, "rows (default: the paper's, A, M and P)", metavar="SCHEDULE")
+    extractors: tuple[str, ...] = option(("inception", "dinov2"), "of the Fréchet distances", choices=EXTRACTORS)
+    cfg_scale: float = option(1.5, "guidance")
+    predictor_ckpt: str = option("SiT-XL-2-256x256.pt", "file or registered name", metavar="FILE")
+    refiner_ckpt: str = option("SiT-XL-2-Refiner.pt", "the same", metavar="FILE")
+    vae_ckpt: str = option("vae-ema", "the same, or none for a model of pixels", metavar="NAME")
+    reference: str = option("adm-imagenet-256", "images to measure from, or a registered name", metavar="PATH")
+    results_dir: str = option("reproduced", "where figures and samples go", metavar="DIR")
+    keep_samples: bool = option(False, "keep the images of a row once it is measured, 10 GB at 50 000 of 256 pixels")
+    ranks: int | None = option(None, "processes that sample (default: one for each GPU)")
+    batch_size: int = option(32, "images sampled at once by each")
+    repeats: int = option(20, "timed rounds")
+    compile: bool = option(True, "sample and time with static graphs; times without them are measured too")
+    device: str = option("auto", DEVICE_HELP)
+    precision: str = option("auto", "as in sample.py: auto is bf16 on CUDA, fp32 elsewhere", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2 or min(self.batch_size, self.repeats, 1 if self.ranks is None else self.ranks) < 1:
+            raise ValueError("num_samples must be at least 2; batch_size, repeats and ranks at least 1")
+        for text in self.schedules or ():
+            parse_schedule(text)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The networks by name and size, what is done with them, and how often."""
 
@@ -120,6 +147,12 @@ class Plan:
         return f"{self.model} with {self.depth} blocks, {size}, {self.dtype}, cfg {self.cfg_scale:g}"
 
     @property
+    def is_papers(self) -> bool:
+        """Whether these are the networks and images of the paper's tables."""
+        whole = self.depth == SIT_CONFIGS[self.model]["depth"]
+        return (self.model, self.image_size) == ("SiT-XL/2", 256) and whole
+
+    @property
     def warm_up(self) -> int:
         """Rounds before those that are timed, after a first call of everything."""
         return 3 if self.device.type == "cuda" else 0
@@ -127,18 +160,15 @@ class Plan:
 
 def plan_of(options: BenchmarkOptions) -> Plan:
     """What to measure, by what is sensible on this device where the options say nothing."""
-    import torch
-
-    from flowturbo.networks.precision import has_bf16, pick_precision
+    from flowturbo.networks.precision import pick_precision
     from flowturbo.system.distributed import pick_device
 
     device = pick_device(options.device)
     gpu = device.type == "cuda"
-    auto = torch.bfloat16 if has_bf16(device) else torch.float32
     schedules = ("H1P5R3",) if options.ablate else SCHEDULES if gpu else SHORT_LIST
     return Plan(
         device=device,
-        dtype=auto if options.precision == "auto" else pick_precision(options.precision, device),
+        dtype=pick_precision(options.precision, device),
         model=options.model,
         depth=options.depth or (SIT_CONFIGS[options.model]["depth"] if gpu else 3),
         image_size=options.image_size,

@@ -8,7 +8,7 @@ schedulers of diffusers; beside each refiner the same schedule with the line L i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleave
+from benchmarks.measure import Keep, interleave
 from benchmarks.options import BenchmarkOptions, QualityOptions
 from benchmarks.peers import PEERS, PeerSampler, is_peer
 from flowturbo.data.pictures import to_uint8
@@ -63,7 +63,7 @@ class Candidate(NamedTuple):
     sample: Callable[[Tensor, Tensor], Tensor]
 
 
-def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
+def measure(options: QualityOptions, common: BenchmarkOptions, keep: Keep) -> list[Row]:
     """Measure every row, printing each as it comes. Raises ValueError for files that do not fit."""
     files = NetworkOptions(
         options.predictor_ckpt, vae_ckpt=options.vae_ckpt, device=common.device, precision=common.precision
@@ -103,6 +103,7 @@ def measure(options: QualityOptions, common: BenchmarkOptions) -> list[Row]:
         )
         rows.append(row)
         print(line(row), flush=True)
+        keep([asdict(row) for row in rows])
     return rows
 
 

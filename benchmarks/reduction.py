@@ -116,7 +116,7 @@ class Training:
 
     def __init__(self, way: str, ranks: World, plan: Plan, batch_size: int):
         torch.manual_seed(0)
-        shape = {**SIT_CONFIGS[plan.model], "depth": plan.depth}
+        shape: dict[str, Any] = {**SIT_CONFIGS[plan.model], "depth": plan.depth}
         model = SiT(input_size=plan.image_size // 8, in_channels=4, num_classes=1000, **shape)
         with torch.no_grad():  # adaLN-Zero's own weights would leave most gradients at zero
             for parameter in model.parameters():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.variants import Error
+from benchmarks.variants import FLOAT32, Error
 
 # The Heun schedule of about the same FID (FlowTurbo, tables 1 and 2); for H1P5R3, 3.93 against 3.68, the nearest.
 HEUN_OF = {"H1P5R3": "H8", "H2P4R2": "H8", "H2P8R2": "H11", "H5P7R3": "H15", "H8P9R5": "H24"}
@@ -29,11 +29,12 @@ class Row:
     ms: float
     p10: float
     p90: float
+    rounds: int
     tflops: float  # TFLOP/s
     of_peak: float  # of the measured matrix rate
-    of_kernels: float  # of the speed that the bare kernels would have
-    predictor_ms: float
-    refiner_ms: float
+    of_kernels: float | None  # of the speed that the bare kernels would have; they are measured in the plan's type
+    predictor_ms: float | None  # None where it is lost in the noise
+    refiner_ms: float | None
     decode_ms: float
     memory: int  # bytes at the peak
     first_call: float  # seconds
@@ -58,45 +59,66 @@ def partner(row: Row, rows: Sequence[Row], variant: str, schedule: str | None) -
 
 def ratios(row: Row, rows: Sequence[Row]) -> dict[str, float]:
     """How many times faster than: Heun at about equal quality in the same variant ("heun"), eager Heun where the
-    row is compiled ("mixed", as the paper divides), the released code's way in the same state ("released")."""
-    heun = HEUN_OF.get(row.schedule)
+    row is compiled ("mixed", as the paper divides), the released code in its own setting, eager beside eager and
+    compiled beside compiled ("released"), and in float32 ("float32")."""
+    heun, ours = HEUN_OF.get(row.schedule), row.variant.startswith("FlowTurbo")
     others = {
         "heun": partner(row, rows, row.variant, heun),
         "mixed": partner(row, rows, row.variant.removesuffix(" compiled"), heun) if row.compiled else None,
-        "released": partner(row, rows, row.variant.replace("FlowTurbo", "released"), row.schedule)
-        if row.variant.startswith("FlowTurbo")
-        else None,
+        "released": partner(row, rows, row.variant.replace("FlowTurbo", "released"), row.schedule) if ours else None,
+        "float32": partner(row, rows, FLOAT32, row.schedule) if row.variant != FLOAT32 else None,
     }
     return {name: other.ms / row.ms for name, other in others.items() if other is not None}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows of one batch size, with or without decode, as text."""
+def tables(rows: Sequence[Row]) -> str:
+    """The rows of one batch size, with or without decode, as text: their speed, what it is made of, the headline."""
     head = (
-        f"{'variant':<19}{'schedule':<9}{'ms/img':>9}{'p10':>9}{'p90':>9}{'x Heun':>7}{'accel':>7}{'mixed':>7}"
-        f"{'x rel.':>7}{'TFLOP/s':>9}{'% peak':>7}{'% kern':>7}{'pred ms':>9}{'ref ms':>8}{'dec ms':>8}"
-        f"{'GB':>6}{'first s':>8}{'rms err':>9}{'max err':>9}"
+        f"{'variant':<19}{'schedule':<9}{'ms/img':>9}{'p10':>9}{'p90':>9}{'x rel.':>7}{'x f32':>7}{'x Heun':>7}"
+        f"{'accel':>7}{'mixed':>7}{'first s':>8}{'rms err':>9}{'max err':>9}"
     )
-    lines = [head, "-" * len(head)]
+    speed = [head, "-" * len(head)]
+    head = f"{'variant':<19}{'schedule':<9}{'TFLOP/s':>9}{'% peak':>7}{'% kern':>7}"
+    head += f"{'pred ms':>9}{'ref ms':>8}{'dec ms':>8}{'GB':>6}"
+    made = [head, "-" * len(head)]
     for row in rows:
         than = ratios(row, rows)
         acceleration = f"{100 * (1 - 1 / than['heun']):.0f} %" if "heun" in than else ""
-        lines.append(
+        speed.append(
             f"{row.variant:<19}{row.schedule:<9}{row.ms:>9.2f}{row.p10:>9.2f}{row.p90:>9.2f}"
-            f"{_times(than, 'heun')}{acceleration:>7}{_times(than, 'mixed')}{_times(than, 'released')}"
-            f"{row.tflops:>9.3g}{100 * row.of_peak:>7.0f}{100 * row.of_kernels:>7.0f}"
-            f"{row.predictor_ms:>9.2f}{row.refiner_ms:>8.2f}{row.decode_ms:>8.2f}"
-            f"{row.memory / 1e9:>6.1f}{row.first_call:>8.1f}{row.error.rms:>9.1e}{row.error.largest:>9.1e}"
+            f"{_times(than, 'released')}{_times(than, 'float32')}{_times(than, 'heun')}{acceleration:>7}"
+            f"{_times(than, 'mixed')}{row.first_call:>8.1f}{row.error.rms:>9.1e}{row.error.largest:>9.1e}"
         )
+        kernels = None if row.of_kernels is None else 100 * row.of_kernels
+        made.append(
+            f"{row.variant:<19}{row.schedule:<9}{row.tflops:>9.3g}{100 * row.of_peak:>7.0f}{_known(kernels, 7, 0)}"
+            f"{_known(row.predictor_ms, 9)}{_known(row.refiner_ms, 8)}{row.decode_ms:>8.2f}{row.memory / 1e9:>6.1f}"
+        )
+    return "\n".join([*speed, "", *made, "", headline(rows)]).rstrip()
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """FlowTurbo beside the released code in its own setting of the device, eager and compiled, a line a schedule."""
+    lines = []
+    for schedule in dict.fromkeys(row.schedule for row in rows):
+        ours = {row.variant: ratios(row, rows) for row in rows if row.schedule == schedule}
+        times = [
+            f"{ours[variant]['released']:.2f} times its {state}"
+            for variant, state in (("FlowTurbo", "eager"), ("FlowTurbo compiled", "compiled"))
+            if "released" in ours.get(variant, {})
+        ]
+        if times:
+            lines.append(f"{schedule}: against the released code in the same precision {', '.join(times)} speed")
     return "\n".join(lines)
 
 
-LEGEND = """x Heun, accel: against the Heun schedule of about equal FID in the same variant, so compiled with
-compiled and eager with eager (for H1P5R3 the nearest: 3.93 against 3.68). mixed: compiled against eager Heun, as
-the paper divides; not a fair ratio. x rel.: against the released code's way in the same state. % peak: of the
-measured matrix rate. % kern: of the speed of the blocks' bare kernels, and of the decoder as it is. pred, ref, dec:
-ms of predictor, refiner and decoder, measured apart, by how much one more block adds. GB: the weights, and what the
-call holds at its peak. first s: the first call, whose graphs later schedules share. Errors against eager float32."""
+LEGEND = """x rel.: against the released code in its own setting (autocast where the precision is half), eager beside
+eager, compiled beside compiled. x f32: against it in float32. x Heun, accel: against the Heun schedule of about equal
+FID in the same variant (for H1P5R3 the nearest: 3.93 against 3.68). mixed: compiled against eager Heun, as the paper
+divides; not a fair ratio. first s: the first call, whose graphs later schedules share. Errors against eager float32.
+% peak: of the measured rate of matrix products. % kern: of the speed of the blocks' bare kernels, and of the decoder
+as it is. pred, ref, dec: ms of predictor, refiner and decoder, measured apart by how much more blocks add; -: lost in
+the noise. GB: the weights, and what the call holds at its peak."""
 
 
 def against_paper(rows: Sequence[Row]) -> str:
@@ -124,11 +146,16 @@ def against_paper(rows: Sequence[Row]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def _known(value: float | None, width: int, digits: int = 2) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+
+
 def _times(than: dict[str, float], name: str) -> str:
     return f"{than[name]:>7.2f}" if name in than else " " * 7
 
 
 COLORS = {
+    FLOAT32: "#dfe4ec",
     "released": "#b8c4d6",
     "released compiled": "#6d84a8",
     "FlowTurbo": "#f3c19a",
@@ -160,23 +187,17 @@ def _panels(rows: Sequence[Row], title: str) -> list[Image.Image]:
     latency = [
         (schedule, [(row.variant, row.ms) for row in rows if row.schedule == schedule]) for schedule in schedules
     ]
-    parts = [
-        (
-            row.schedule,
-            [
-                ("predictor", row.predictor_ms),
-                ("refiner", row.refiner_ms),
-                ("decoder", row.decode_ms),
-                ("other", max(0.0, row.ms - row.predictor_ms - row.refiner_ms - row.decode_ms)),
-            ],
-        )
-        for row in rows
-        if row.variant == "FlowTurbo compiled"
-    ]
+    parts = [(row.schedule, _shares(row)) for row in rows if row.variant == "FlowTurbo compiled"]
     return [
         _bars(latency, f"{title}: ms per image"),
         _bars(parts, f"{title}: what FlowTurbo compiled spends, ms per image", stacked=True),
     ]
+
+
+def _shares(row: Row) -> list[tuple[str, float]]:
+    """What a row's milliseconds consist of, as far as it is known."""
+    known = {"predictor": row.predictor_ms or 0.0, "refiner": row.refiner_ms or 0.0, "decoder": row.decode_ms}
+    return [*known.items(), ("other", max(0.0, row.ms - sum(known.values())))]
 
 
 def _bars(

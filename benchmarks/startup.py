@@ -6,8 +6,10 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from benchmarks.measure import Keep
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = ("import flowturbo", "import flowturbo.models", "import flowturbo.transport.samplers")
@@ -27,16 +29,18 @@ def scripts() -> list[str]:
     return sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 
 
-def measure(repeats: int = 3) -> list[Row]:
-    """Measure all, and print the table."""
+def measure(keep: Keep, repeats: int = 3) -> list[Row]:
+    """Measure all, printing each row as it comes."""
     commands = {text: ["-c", text] for text in ("import torch", *IMPORTS)}
     commands |= {f"{name} --help": [name, "--help"] for name in scripts()}
-    seconds = {text: min(cpu_seconds(arguments) for _ in range(repeats)) for text, arguments in commands.items()}
-    rows = [Row(text, value, value / seconds["import torch"]) for text, value in seconds.items()]
-    width = max(len(row.command) for row in rows)
+    width = max(map(len, commands))
     print(f"{'':{width}}{'CPU s':>8}{'ratio':>8}")
-    for row in rows:
-        print(f"{row.command:{width}}{row.seconds:>8.2f}{row.ratio:>8.2f}")
+    rows: list[Row] = []
+    for text, arguments in commands.items():
+        seconds = min(cpu_seconds(arguments) for _ in range(repeats))
+        rows.append(Row(text, seconds, seconds / rows[0].seconds if rows else 1.0))
+        print(f"{text:{width}}{seconds:>8.2f}{rows[-1].ratio:>8.2f}", flush=True)
+        keep([asdict(row) for row in rows])
     return rows
 
 

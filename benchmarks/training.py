@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.measure import interleave, repeated
+from benchmarks.measure import Keep, Roofline, interleave, repeated
 from benchmarks.options import Plan
-from benchmarks.variants import Networks, build_networks, tf32
+from benchmarks.published import tf32
+from benchmarks.variants import Networks, build_networks
 from flowturbo.data.loader import Batch
 from flowturbo.data.pictures import from_uint8
 from flowturbo.networks.autoencoder import Autoencoder
+from flowturbo.networks.compiled import CannotCompile
 from flowturbo.networks.precision import autocast
 from flowturbo.refiner import VelocityRefiner
+from flowturbo.system import cli
 from flowturbo.system.distributed import World
 from flowturbo.training.build import FrozenNetworks
 from flowturbo.training.objective import KeyedDraws, make_objective
@@ -51,18 +55,20 @@ class Part:
     seconds: float
 
 
-def measure(plan: Plan) -> list[Row | Part]:
+def measure(plan: Plan, best: Roofline, keep: Keep) -> list[Row | Part]:
     """A table of steps and one of their parts for each batch size."""
     networks = build_networks(plan)
     measured: list[Row | Part] = []
     for batch_size in plan.batch_sizes:
         online, cached = batches(plan, networks, batch_size)
         rows = measure_steps(plan, networks, online, cached)
+        print(f"batch {batch_size}; {best}\n{table(rows)}\n", flush=True)
+        keep([asdict(each) for each in (*measured, *rows)])
         parts = measure_parts(plan, networks, online, cached)
-        print(f"batch {batch_size}\n{table(rows)}\n")
         print(f"parts of an online step, eager: {shares(parts)}")
         print(f"of one with cached latents: {shares(parts[1:])}\n")
         measured += [*rows, *parts]
+        keep([asdict(each) for each in measured])
     print("ratio: to the published code's way. error: of the loss, relative; cached latents are in half precision.")
     return measured
 
@@ -86,10 +92,18 @@ def measure_steps(plan: Plan, networks: Networks, online: Batch, cached: Batch) 
         "train.py, cached latents": step(plan, networks, cached),
         "train.py, cached latents, --compile": step(plan, networks, cached, compile=True),
     }
-    told = {name: call() for name, call in steps.items()}  # by the first step, from equal weights
-    losses = {name: value if isinstance(value, float) else value.loss for name, value in told.items()}
+    losses: dict[str, float] = {}
+    for name, call in steps.items():
+        begin = time.perf_counter()
+        try:
+            told = call()
+        except CannotCompile as reason:
+            print(f"{name}: left out: {cli.one_line(reason)}")
+            continue
+        losses[name] = told if isinstance(told, float) else told.loss  # of the first step, from equal weights
+        print(f"{name}: first step {time.perf_counter() - begin:.1f} s, loss {losses[name]:.6f}", flush=True)
     inner = 10 if plan.device.type == "cuda" else 1  # in a row, so that a step may run while the next is launched
-    rounds = {name: repeated(call, inner) for name, call in steps.items()}
+    rounds = {name: repeated(steps[name], inner) for name in losses}
     timings = interleave(rounds, plan.device, repeats=plan.repeats, warm_up=max(1, plan.warm_up), title="steps")
     n, first = len(online.labels), timings[PUBLISHED].median
     return [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,20 +11,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.options import Plan
+from benchmarks.published import PlainSiT, ReleasedStyle
 from flowturbo.data.pictures import to_uint8
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.models import SIT_CONFIGS, SiT
 from flowturbo.networks.autoencoder import Autoencoder
-from flowturbo.networks.compiled import StaticGraphs, graph_limits
-from flowturbo.networks.precision import autocast, cast
+from flowturbo.networks.compiled import StaticGraphs
+from flowturbo.networks.precision import cast
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.generate import ImageSampler
 from flowturbo.sampling.generate import Networks as SampledNetworks
 from flowturbo.sampling.solvers import parse_sampler, parse_schedule
-from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings, Schedule
-from flowturbo.transport.blocks import integrate
-from flowturbo.transport.branches import guide
-from flowturbo.transport.solver import Solver
+from flowturbo.transport import FlowTurbo, Guidance, SamplerSettings
 
 AnySiT = TypeVar("AnySiT", bound=SiT)
 
@@ -36,7 +33,13 @@ class Sampler(Protocol):
     def sample(self, z: Tensor, y: Tensor) -> Tensor: ...
 
 
-VARIANTS = ("released", "FlowTurbo", "released compiled", "FlowTurbo compiled")
+FLOAT32 = "released, float32"  # beside the released code's own setting, which is autocast where a plan is in half
+
+
+def variants_of(plan: Plan) -> list[str]:
+    """The names of what is compared."""
+    own = ["released", "FlowTurbo", "released compiled", "FlowTurbo compiled"]
+    return own if plan.dtype == torch.float32 else [FLOAT32, *own]
 
 
 @dataclass
@@ -123,70 +126,6 @@ def awaken(network: AnySiT) -> AnySiT:
     return network
 
 
-class ReleasedStyle:
-    """Sampling with the costs of the released code.
-
-    float32 weights, in half precision under one autocast round trajectory and decoding, in float32 with TF32; time
-    and class embedded in every evaluation; a doubled state; times on the host. `compile` compiles each network as a
-    whole, and nothing of what lies between them.
-    """
-
-    def __init__(
-        self,
-        predictor: SiT,
-        refiner: VelocityRefiner,
-        schedule: Schedule | Solver,
-        cfg_scale: float,
-        dtype: torch.dtype,
-        *,
-        compile: bool = False,
-        decode: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self.predictor, self.refiner = (whole(n) if compile else n for n in (predictor, refiner))
-        self.null, self.schedule = predictor.null_class, schedule
-        self.cfg_scale, self.dtype, self.decode = cfg_scale, dtype, decode
-
-    @torch.no_grad()
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
-        """Latents or images from noise z (N, C, H, W) and labels y (N,)."""
-        n = len(z)
-        labels = torch.cat([y, torch.full_like(y, self.null)])
-
-        def guided(network: Callable[..., Tensor], x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-            both = network(torch.cat([x[:n], x[:n]]), t.to(z.device).expand(2 * n), *rest, labels)
-            return guide(both.float(), self.cfg_scale, 3)
-
-        def on_host(t: float) -> Tensor:
-            return torch.tensor(t, dtype=torch.float32)
-
-        steps = integrate(
-            self.schedule.plan(),
-            torch.cat([z, z]),
-            lambda x, t: guided(self.predictor, x, on_host(t)),
-            lambda x, t, seen, base: base + guided(self.refiner, x, on_host(t), seen),
-        )
-        with graph_limits(), tf32(), autocast(z.device, self.dtype):
-            for step in steps:
-                latents = step.x[:n]
-            return latents if self.decode is None else self.decode(latents)
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """float32 matrix products in TF32, on CUDA devices that have it."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def whole(network: SiT) -> Callable[..., Tensor]:
-    """The network compiled as one graph, without the shared compilation of its blocks; the same weights."""
-    return torch.compile(network, dynamic=False)
-
-
 @dataclass
 class Run:
     """What is measured of a variant: `call`, as users make it; and `values`, float, for its error."""
@@ -197,7 +136,7 @@ class Run:
 
 
 def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, decode: bool, batch_size: int) -> Run:
-    """The run of a name in VARIANTS on the batch that all of them sample.
+    """The run of a name in `variants_of` on the batch that all of them sample.
 
     Without decoding it goes from noise on the device to latents. With it, from seed, numbers and classes to uint8
     images, as sample.py and sample_ddp_feature.py make them.
@@ -208,8 +147,9 @@ def make(networks: Networks, variant: str, schedule: str, cfg_scale: float, deco
     compiled = variant.endswith("compiled")
     sampler: Sampler
     if variant.startswith("released"):
-        full = (networks.predictor, networks.refiner, parse_schedule(schedule), cfg_scale, networks.dtype)
-        sampler = ReleasedStyle(*full, compile=compiled, decode=decoder)
+        full = (PlainSiT(networks.predictor), PlainSiT(networks.refiner), parse_schedule(schedule), cfg_scale)
+        dtype = torch.float32 if variant == FLOAT32 else networks.dtype
+        sampler = ReleasedStyle(*full, dtype, compile=compiled, decode=decoder)
     else:
         fast = (networks.fast_predictor, networks.fast_refiner, parse_schedule(schedule), cfg_scale)
         sampler = FlowTurbo(*fast, engine=StaticGraphs if compiled else None, decode=decoder)

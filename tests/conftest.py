@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 
@@ -18,6 +19,8 @@ from flowturbo.refiner import VelocityRefiner
 from flowturbo.transport import PATHS
 
 TESTS = FilePath(__file__).parent
+# What is compiled here is kept apart from what the user's own runs keep.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FilePath(tempfile.gettempdir()) / "flowturbo-tests-compiled"))
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 

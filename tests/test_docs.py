@@ -97,7 +97,8 @@ SHORTER = {  # flags that are put behind those of a page, so that a command is r
     "train.py": ["--steps", "2", "--num-workers", "0", "--global-batch-size", "4", "--sample-every", "0"],
     "train.py --recipe endpoint": ["--trajectories", "64", "--reference", "M2"],
     "train.py --target predictor": ["--hidden-size", "32", "--depth", "2", "--num-heads", "4"],
-    "plan.py": ["--num-images", "8", "--batch-size", "4"],
+    "plan.py": ["--num-images", "16", "--batch-size", "4"],
+    "examples/refiner_for_your_model.py": ["--trajectories", "64", "--steps", "2"],
     "plan.py search": ["--steps", "2", "--trajectories", "8", "--test-trajectories", "8", "--batch-size", "4"],
 }
 

@@ -24,10 +24,15 @@ def instructions():
             yield name, " ".join(rest.split())
 
 
-def tracked(pattern):
-    """The files of the repository that a COPY source names."""
-    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [name for name in listed.split() if "/" not in name or "*" not in pattern]
+def listed(pattern):
+    """The tracked files that git finds for a pattern, whose star goes past slashes."""
+    done = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def tracked(source):
+    """The files of the repository that a COPY source names: there a star stops at a slash."""
+    return [name for name in listed(source) if "/" not in name or "*" not in source]
 
 
 def extras():
@@ -40,19 +45,22 @@ def extras():
 
 
 def kept_for_the_image(path):
-    """Whether .dockerignore lets a file through: the last line that matches decides, as Docker has it."""
-    ignored = False
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n"):
-        if not line or line.startswith("#"):
-            continue
-        pattern, wanted = line.lstrip("!").removeprefix("**/"), line.startswith("!")
-        places = [str(path), *map(str, Path(path).parents)]
-        if any(
-            fnmatch.fnmatch(place, pattern) and ("/" not in place or "*" not in pattern or wanted is False)
-            for place in places
-        ):
-            ignored = not wanted
-    return not ignored
+    """Whether .dockerignore lets a file through: the last line that matches it or a folder of it decides."""
+    places = [Path(path), *list(Path(path).parents)[:-1]]
+    kept = True
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        pattern = line.lstrip("!")
+        if pattern and not line.startswith("#") and any(matches(pattern, place) for place in places):
+            kept = line.startswith("!")
+    return kept
+
+
+def matches(pattern, place):
+    """As Docker has it: a star stops at a slash, and **/ stands for any folders."""
+    if pattern.startswith("**/"):
+        return fnmatch.fnmatch(place.name, pattern[3:])
+    parts = pattern.split("/")
+    return len(parts) == len(place.parts) and all(map(fnmatch.fnmatch, place.parts, parts))
 
 
 def test_the_dockerfile_has_known_instructions_in_order():
@@ -86,14 +94,8 @@ def test_what_the_dockerfile_copies_is_there_and_not_ignored():
 def test_every_module_of_the_repository_is_in_the_image():
     """The scripts import one another's folders: what is a package here is copied."""
     copied = {source for name, rest in instructions() if name == "COPY" for source in rest.split()[:-1]}
-    packages = {Path(name).parts[0] for name in tracked("*.py") if "/" in name}
-    used = {
-        Path(path).parts[0]
-        for path in subprocess.run(
-            ["git", "ls-files", "*/*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.split()
-    }
-    assert used | packages <= copied | {"tests", "docs"}
+    used = {Path(name).parts[0] for name in listed("*/*.py")}
+    assert used <= copied | {"tests", "docs"}
     assert "*.py" in copied
 
 

@@ -53,7 +53,8 @@ class ArchivedImages:
     """The images of zip or tar archives, one archive after another, and the fields beside them.
 
     Those of a zip come in the order of their paths, those of a tar in the order in which they lie. Hidden and system
-    members are passed over, as in folders. It can be pickled, and read after a fork: files are opened for each reading.
+    members are passed over, as in folders; folders that all images lie in, and below them in further ones, are not part
+    of their names. It can be pickled, and read after a fork: files are opened for each reading.
     Raises ValueError naming the archive, and the member, where one is damaged, encrypted, too large or compressed in
     another way, or has a path that leads out of the archive.
     """
@@ -67,6 +68,9 @@ class ArchivedImages:
             self._add(number, _zip_members(file) if file.lower().endswith(".zip") else _tar_members(file))
         for beside in self._beside.values():
             _extend(beside, len(self))
+        self._common = common_folder(self.names)
+        if self._common:
+            self.names = [name[len(self._common) :] for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,19 +80,23 @@ class ArchivedImages:
         """The kinds of fields that lie beside images, like "cls", "json" and "txt"."""
         return sorted(self._beside)
 
+    def file(self, index: int) -> str:
+        """The archive that image number `index` lies in."""
+        return self.files[_place(self._images, index).archive]
+
     def where(self, index: int) -> str:
         """What messages call image number `index`."""
-        return f"{self.files[_place(self._images, index).archive]}: {self.names[index]}"
+        return f"{self.file(index)}: {self._common}{self.names[index]}"
 
     def read(self, index: int) -> ImageBytes:
         """An image as it is stored, encoded. Raises ValueError naming one that is damaged."""
-        (content,) = self._contents([(_place(self._images, index), self.names[index])])
+        (content,) = self._contents([(_place(self._images, index), self._common + self.names[index])])
         return ImageBytes(self.where(index), content)
 
     def column(self, field: str) -> list[Any]:
         """A field of every image, as bytes; None where it has none."""
         beside = self._beside.get(field) or [-1] * len(self)
-        names = (f"{os.path.splitext(self.names[i])[0]}.{field}" for i, k in enumerate(beside) if k >= 0)
+        names = (f"{self._common}{os.path.splitext(self.names[i])[0]}.{field}" for i, k in enumerate(beside) if k >= 0)
         found = self._contents(zip((_place(self._others, k) for k in beside if k >= 0), names))
         return [next(found) if k >= 0 else None for k in beside]
 
@@ -144,6 +152,18 @@ class ArchivedImages:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def common_folder(names: Sequence[str]) -> str:
+    """The folders, as "a/b/", that all paths begin with while they lie in further ones below; empty for none."""
+    common = ""
+    while names:
+        folder = names[0][len(common) :].partition("/")[0] + "/"
+        deeper = common + folder
+        if not all(name.startswith(deeper) and "/" in name[len(deeper) :] for name in names):
+            break
+        common = deeper
+    return common
 
 
 def _place(places: array[int], index: int) -> Place:

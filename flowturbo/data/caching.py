@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from flowturbo.data.folders import ClassFolder
 from flowturbo.data.identity import READING_RULES, data_changes
+from flowturbo.data.labelled import LabelledImages
 from flowturbo.data.latents import INDEX, OtherLatents, identity_of, is_latent_folder, shard_path
 from flowturbo.data.options import CachingOptions
 from flowturbo.data.pictures import from_uint8
@@ -54,7 +54,12 @@ class Cached(NamedTuple):
 
 
 def cache_latents(
-    data: ClassFolder, encoder: Encoder, name: str, root: str | os.PathLike[str], options: CachingOptions, ranks: World
+    data: LabelledImages,
+    encoder: Encoder,
+    name: str,
+    root: str | os.PathLike[str],
+    options: CachingOptions,
+    ranks: World,
 ) -> Cached:
     """Make a LatentFolder of data under `root`, or go on with one; `name` is what the autoencoder is called.
 
@@ -74,7 +79,7 @@ def cache_latents(
     return done
 
 
-def _plan(data: ClassFolder, encoder: Encoder, name: str, options: CachingOptions) -> dict[str, Any]:
+def _plan(data: LabelledImages, encoder: Encoder, name: str, options: CachingOptions) -> dict[str, Any]:
     """Everything that the latents depend on, as JSON types."""
     return {
         "dataset": data.fingerprint(),
@@ -89,6 +94,7 @@ def _plan(data: ClassFolder, encoder: Encoder, name: str, options: CachingOption
         "shard_size": options.shard_size,
         "precision": options.precision,
         "classes": data.classes,
+        **({} if data.keys == data.classes else {"class_keys": data.keys}),
         "folders": data.folders,
     }
 
@@ -106,7 +112,7 @@ def _others(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.suffix != ".tmp" and path.name != LOCK]
 
 
-def _claim(root: Path, plan: dict[str, Any], data: ClassFolder) -> dict[str, Any]:
+def _claim(root: Path, plan: dict[str, Any], data: LabelledImages) -> dict[str, Any]:
     """Record the plan in the folder, or go on with one made for the same; returns its plan."""
     if _others(root) and not is_latent_folder(root):
         raise ValueError(f"{os.fspath(root)!r} holds something else than latents")
@@ -123,7 +129,7 @@ def _claim(root: Path, plan: dict[str, Any], data: ClassFolder) -> dict[str, Any
     return plan
 
 
-def _make_shards(data: ClassFolder, encoder: Encoder, root: Path, options: CachingOptions, ranks: World) -> Cached:
+def _make_shards(data: LabelledImages, encoder: Encoder, root: Path, options: CachingOptions, ranks: World) -> Cached:
     """Make this rank's shards that are not there or damaged."""
     size, started, made = options.shard_size, time.perf_counter(), 0
     bar = tqdm(total=len(data), unit="img", disable=not ranks.is_main, dynamic_ncols=True, desc="encoding")
@@ -146,7 +152,7 @@ def _make_shards(data: ClassFolder, encoder: Encoder, root: Path, options: Cachi
 
 
 def _encoded(
-    data: ClassFolder, indices: range, encoder: Encoder, options: CachingOptions, device: torch.device
+    data: LabelledImages, indices: range, encoder: Encoder, options: CachingOptions, device: torch.device
 ) -> Iterator[np.ndarray]:
     """Moments of images and of their mirror images, float16 (n, 2, 2C, h, w), batch by batch."""
     loader = Loader(_Images(data, indices), options.num_workers, device, batch_size=options.batch_size)
@@ -164,7 +170,7 @@ def _encoded(
 class _Images(Dataset):
     """The images at `indices`, uint8 (C, H, W)."""
 
-    def __init__(self, data: ClassFolder, indices: range):
+    def __init__(self, data: LabelledImages, indices: range):
         self.data, self.indices = data, indices
 
     def __len__(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
-from collections.abc import Mapping, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 CONTENT_BYTES, CONTENT_FILES = 2_000_000_000, 20_000  # up to here fingerprints hold the content of all files
 SAMPLED_FILES = 4096  # beyond, that of so many, as far as CONTENT_BYTES go
+
+PROBED, WAITING = 1000, 20e-6  # files looked at first, and seconds for each from which on a disk is waited for
 
 ORDER, CLASSES = "order", "classes"
 READING_RULES = {ORDER: 2, CLASSES: 2, ORIENTATION: 2, TRANSPARENCY: 2, DEPTH: 2}  # the versions of this code
@@ -59,32 +63,60 @@ class Identity:
 
 def sizes_of(root: str, files: Sequence[str]) -> list[int]:
     """The size of each file, given relative to a folder. Raises ValueError naming what is no file."""
-    paths = [os.path.join(root, file) for file in files]
-    return [status.st_size for status in in_threads(check_file, paths, part=1000)]
+    descriptor = os.open(root, os.O_RDONLY)
+
+    def sizes(part: Sequence[str]) -> list[int]:
+        found = []
+        for file in part:
+            try:
+                status = os.stat(file, dir_fd=descriptor)
+                is_file = stat.S_ISREG(status.st_mode)
+            except OSError:
+                is_file = False
+            found.append(status.st_size if is_file else check_file(os.path.join(root, file)).st_size)
+        return found
+
+    try:
+        began = time.perf_counter()
+        first = sizes(files[:PROBED])
+        if time.perf_counter() - began < PROBED * WAITING:  # threads would only wait for each other
+            return first + sizes(files[PROBED:])
+        parts = [files[start : start + PROBED] for start in range(PROBED, len(files), PROBED)]
+        return first + [size for found in in_threads(sizes, parts) for size in found]
+    finally:
+        os.close(descriptor)
 
 
-def fingerprint_files(root: str, files: Sequence[str], sizes: Sequence[int]) -> Fingerprint:
-    """A fingerprint of files, given relative to a folder: names, sizes and content, in their order.
+def fingerprint_pieces(
+    pieces: Sequence[tuple[str, int]], digest: Callable[[int], str], what: str = "files"
+) -> Fingerprint:
+    """A fingerprint of pieces of data (`what` they are), by name and size: these and their content, in their order.
 
-    Where they are more than CONTENT_FILES or CONTENT_BYTES, it holds the content of SAMPLED_FILES of them, which their
-    names and sizes pick; of less where these are larger than CONTENT_BYTES.
+    `digest` gives the sha256 of the content of a piece. Where they are more than CONTENT_FILES or CONTENT_BYTES, the
+    fingerprint holds the content of SAMPLED_FILES of them, which their names and sizes pick; of less where these are
+    larger than CONTENT_BYTES.
     """
-    lines = _lines(files, sizes)
-    chosen: Sequence[int] = range(len(files))
-    covers = f"the content of all {len(files):,} files"
-    if len(files) > CONTENT_FILES or sum(sizes) > CONTENT_BYTES:
+    lines = _lines(pieces)
+    chosen: Sequence[int] = range(len(pieces))
+    covers = f"the content of all {len(pieces):,} {what}"
+    if len(pieces) > CONTENT_FILES or sum(size for _, size in pieces) > CONTENT_BYTES:
         chosen = sample_of(lines)
-        total = np.cumsum([sizes[i] for i in chosen])
+        total = np.cumsum([pieces[i][1] for i in chosen])
         chosen = chosen[: max(1, int((total <= CONTENT_BYTES).sum()))]
-        covers = f"names and sizes of all {len(files):,} files, and the content of {len(chosen):,}"
-    digests = in_threads(sha256, [os.path.join(root, files[i]) for i in chosen])
+        covers = f"names and sizes of all {len(pieces):,} {what}, and the content of {len(chosen):,}"
+    digests = in_threads(digest, chosen)
     content = (f"{i} {digest}\n".encode() for i, digest in sorted(zip(chosen, digests)))
     return Fingerprint(hashlib.sha256(b"".join([*lines, *content])).hexdigest(), covers)
 
 
+def fingerprint_files(root: str, files: Sequence[str], sizes: Sequence[int]) -> Fingerprint:
+    """That of files, given relative to a folder."""
+    return fingerprint_pieces(list(zip(files, sizes)), lambda i: sha256(os.path.join(root, files[i])))
+
+
 def fingerprint_sizes(files: Sequence[str], sizes: Sequence[int]) -> str:
     """Version 0.1's fingerprint, over relative paths and sizes."""
-    return hashlib.sha256(b"".join(_lines(files, sizes))).hexdigest()
+    return hashlib.sha256(b"".join(_lines(zip(files, sizes)))).hexdigest()
 
 
 def sample_of(lines: Sequence[bytes]) -> list[int]:
@@ -92,8 +124,8 @@ def sample_of(lines: Sequence[bytes]) -> list[int]:
     return heapq.nsmallest(SAMPLED_FILES, range(len(lines)), key=lambda i: hashlib.sha256(lines[i]).digest())
 
 
-def _lines(files: Sequence[str], sizes: Sequence[int]) -> list[bytes]:
-    return [os.fsencode(f"{file}\0{size}\n") for file, size in zip(files, sizes)]
+def _lines(pieces: Iterable[tuple[str, int]]) -> list[bytes]:
+    return [os.fsencode(f"{name}\0{size}\n") for name, size in pieces]
 
 
 def fingerprint_labels(labels: Sequence[int]) -> str:

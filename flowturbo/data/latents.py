@@ -54,7 +54,8 @@ class LatentFolder:
             raise OtherLatents(f"{self.root} was made with image_size {plan['image_size']}, not {image_size}")
         self._digests: list[str] = index["shards"]
         self.image_size, self.shard_size, self.classes = plan["image_size"], plan["shard_size"], plan["classes"]
-        self.class_indices, self.note, self._renumbered = assign_classes(self.classes, num_classes, class_map)
+        keys = plan.get("class_keys", self.classes) if class_map is None else self.classes
+        self.class_indices, self.note, self._renumbered = assign_classes(keys, num_classes, class_map)
         self.labels = [self.class_indices[target] for target in plan["folders"]]
         self._shards: dict[int, np.ndarray] = {}  # opened where they are read, so that loader workers open their own
         for shard in range(len(self._digests)):
@@ -134,6 +135,9 @@ def checked_plan(root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
         and all(type(plan.get(name)) is int and plan[name] > 0 for name in ("image_size", "shard_size"))
         and all(isinstance(plan.get(name), list) for name in ("classes", "folders"))
         and all(isinstance(name, str) for name in plan["classes"])
+        and isinstance(keys := plan.get("class_keys", plan["classes"]), list)
+        and len(keys) == len(plan["classes"])
+        and all(isinstance(key, str) for key in keys)
         and all(type(target) is int and 0 <= target < len(plan["classes"]) for target in plan["folders"])
         and all(isinstance(plan.get(name, {}), dict) for name in ("reading_rules", "read_otherwise"))
         and isinstance(shards, list)

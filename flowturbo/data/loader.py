@@ -57,22 +57,24 @@ class TrainingSamples(Dataset):
 
     def __init__(self, data: TrainingData, seed: int, draw: Callable[[Sequence[int]], Any], *, flip: bool = True):
         self.data, self.seed, self.draw, self.flip = data, seed, draw, flip
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return keyed_generator(self.seed, epoch, Stream.ORDER).permutation(len(self.data))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         images, labels = [], []
         for number in numbers:
             epoch, position = divmod(number, len(self.data))
             flipped = self.flip and keyed_generator(self.seed, number, Stream.TRAINING).random() < 0.5
-            image, label = self.data.read(int(self._order(epoch)[position]), flipped)
+            image, label = self.data.read(int(_order(self.seed, epoch, len(self.data))[position]), flipped)
             images.append(image)
             labels.append(label)
         return Batch(
             torch.from_numpy(np.stack(images)), torch.tensor(labels), torch.tensor(numbers), self.draw(numbers)
         )
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of the images in a pass over the data."""
+    return keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
 
 
 def micro_batch(micro: int, global_batch_size: int) -> range:

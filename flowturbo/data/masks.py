@@ -72,6 +72,8 @@ def opacity(mask: Tensor, feather: int = 0) -> Tensor:
     inside = (mask > 0).float()[None, None]
     total = inside
     for _ in range(feather):
+        if not inside.any():  # all further ones add nothing
+            break
         outside = F.pad(1 - inside, (1, 1, 1, 1))  # the image's border is no edge of the mask
         inside = 1 - F.max_pool2d(outside, 3, 1)
         total = total + inside

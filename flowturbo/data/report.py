@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flowturbo.data.folders import ClassFolder
 from flowturbo.data.identity import CONTENT_FILES, READING_RULES
 from flowturbo.data.images import DEPTH, ORIENTATION, TRANSPARENCY, inspect
+from flowturbo.data.labelled import LabelledImages
 from flowturbo.data.pictures import grid
 from flowturbo.data.walk import describe
 from flowturbo.system.claims import read_record, write_record
@@ -48,7 +48,7 @@ class DataReport:
     enlarged: int  # images whose short side is below that of the crop
     unreadable: list[str]  # messages that name a file each
 
-    def lines(self, data: ClassFolder) -> list[str]:
+    def lines(self, data: LabelledImages) -> list[str]:
         """The report in words."""
         total, size = len(data), data.image_size
         counts = Counter(data.folders)
@@ -83,26 +83,27 @@ class _Found(NamedTuple):
     rules: frozenset[str]
 
 
-def check_data(data: ClassFolder, thorough: bool = False) -> DataReport:
+def check_data(data: LabelledImages, thorough: bool = False) -> DataReport:
     """Look at the headers of all images, and decode them all where they are at most CONTENT_FILES, or `thorough`.
 
     Without `thorough`, headers are read for HEADER_SECONDS at most, in random order. What was found of data of the
     same content is remembered in the cache folder.
     """
     place = cache_folder() / "checked" / f"{_key(data)}.json"
+    whole = thorough or len(data) <= CONTENT_FILES
     with suppress(ValueError, TypeError):
         known = DataReport(**(read_record(place) or {}))
-        if known.decoded == len(data) or not (thorough or len(data) <= CONTENT_FILES):
+        if known.decoded == len(data) or not whole:
             return known
-    order = np.random.default_rng(0).permutation(len(data)).tolist()
+    order = list(range(len(data))) if whole else np.random.default_rng(0).permutation(len(data)).tolist()
     unreadable: dict[int, str] = {}
 
     def look(index: int) -> _Found | None:
-        return _try(lambda: _Found(*inspect(data.path(index), data.channels)), index, unreadable)
+        return _try(lambda: _Found(*inspect(data.source(index), data.channels)), index, unreadable)
 
     headers = [found for found in _each(look, order, "headers", None if thorough else HEADER_SECONDS) if found]
     decoded = 0
-    if thorough or len(data) <= CONTENT_FILES:
+    if whole:
         left = [index for index in range(len(data)) if index not in unreadable]
         decoded = len(
             _each(lambda index: _try(lambda: data.read(index, False), index, unreadable) and None, left, "images")
@@ -122,14 +123,14 @@ def check_data(data: ClassFolder, thorough: bool = False) -> DataReport:
     return report
 
 
-def contact_sheet(data: ClassFolder) -> Image.Image:
+def contact_sheet(data: LabelledImages) -> Image.Image:
     """Crops of images from all over the data, as they are trained on."""
     chosen = np.unique(np.linspace(0, len(data) - 1, min(SHEET, len(data))).round().astype(int))
     images = torch.from_numpy(np.stack([data.read(int(index), False)[0] for index in chosen]))
     return grid(list(images.split(8)))
 
 
-def _key(data: ClassFolder) -> str:
+def _key(data: LabelledImages) -> str:
     how = repr((sorted(READING_RULES.items()), data.channels, data.image_size))
     return hashlib.sha256((data.fingerprint() + how).encode()).hexdigest()
 

@@ -42,6 +42,10 @@ class Shards(Protocol):
         """What is there beside images: "cls", "json", "txt" in archives, columns in tables."""
         ...
 
+    def file(self, index: int) -> str:
+        """The packed file that image number `index` lies in."""
+        ...
+
     def where(self, index: int) -> str:
         """What messages call image number `index`: file and member."""
         ...
@@ -92,6 +96,11 @@ def open_shards(path: str | os.PathLike[str]) -> Shards | None:
     if not len(shards):
         raise ValueError(f"{os.fspath(path)!r} holds no images, but {', '.join(shards.fields) or 'nothing'}")
     return shards
+
+
+def is_packed(path: str) -> bool:
+    """Whether a path is that of packed files by its name, which may be a pattern with *."""
+    return _suffix(path) in READERS or path.lower().endswith(COMPRESSED)
 
 
 def shard_files(path: str) -> list[str]:

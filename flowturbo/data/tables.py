@@ -13,6 +13,7 @@ from typing import Any
 from flowturbo.data.images import ImageBytes
 
 LARGEST_GROUP = 2**31  # bytes of images that are unpacked at once: those of a row group
+AT_ONCE = 2**20  # bytes that are hashed at once
 
 
 class MissingReader(ValueError):
@@ -62,12 +63,15 @@ class TabledImages:
         """The columns beside the images."""
         return [name for name in self._schema.names if name != self.image]
 
+    def file(self, index: int) -> str:
+        """The table that image number `index` lies in."""
+        return self.files[self._groups[bisect_right(self._ends, index)][0]]
+
     def where(self, index: int) -> str:
         """What messages call image number `index`."""
-        group = bisect_right(self._ends, index)
-        file = self._groups[group][0]
-        first = sum(footer.num_rows for footer in self._footers[:file])
-        return f"{self.files[file]}: row {index - first}"
+        file = self.file(index)
+        first = sum(footer.num_rows for footer in self._footers[: self.files.index(file)])
+        return f"{file}: row {index - first}"
 
     def read(self, index: int) -> ImageBytes:
         """An image as it is stored, encoded. Raises ValueError naming the row where it is not there."""
@@ -98,9 +102,12 @@ class TabledImages:
         """The sha256 of a piece's content."""
         file, group = self._groups[piece]
         offset, size = self._extent(file, group)
+        digest = hashlib.sha256()
         with open(self.files[file], "rb") as opened:
             opened.seek(offset)
-            return hashlib.sha256(opened.read(size)).hexdigest()
+            for start in range(0, size, AT_ONCE):
+                digest.update(opened.read(min(AT_ONCE, size - start)))
+        return digest.hexdigest()
 
     def _group(self, number: int) -> Any:
         """The images of a row group, by its number over all tables."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+USUAL = frozenset(spelled for suffix in SUFFIXES for spelled in (suffix[1:], suffix[1:].upper()))
 SYSTEM_NAMES = frozenset(  # what macOS, Windows, file servers, disks and Python leave in folders; in lower case
     (
         *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
@@ -80,16 +81,24 @@ def walk(root: str | os.PathLike[str], hidden: bool = False) -> Walk:
         seen.add(number)
         if folder and os.sep not in folder:
             inside.append(folder)
+        prefix, names = os.path.join(folder, ""), []
         for entry in entries:
-            path, kind = os.path.join(folder, entry.name), _kind(entry, hidden)
-            if kind == "image":
-                files.append(path)
+            name = entry.name
+            stem, _, suffix = name.rpartition(".")
+            if suffix in USUAL and stem and stem[0] != "." and not _is_folder(entry):
+                names.append(prefix + name)  # without the questions below: most of a million entries end here
+                continue
+            kind = _kind(entry, hidden)
+            if kind == IMAGE:
+                names.append(prefix + name)
             elif kind == "folder":
-                heapq.heappush(folders, (path, linked))
+                heapq.heappush(folders, (prefix + name, linked))
             elif kind == "link":
-                heapq.heappush(links, (path, True))
+                heapq.heappush(links, (prefix + name, True))
             else:
                 skipped[kind] += 1
+        names.sort()  # what is nearly sorted is soon sorted
+        files += names
     files.sort(key=lambda path: path.replace(os.sep, "\0"))  # as parts: "a/x" comes before "a b/x"
     return Walk(files, sorted(inside), dict(skipped))
 
@@ -105,19 +114,19 @@ def _read_folder(path: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
 
 
 def _kind(entry: os.DirEntry[str], hidden: bool) -> str:
-    """ "image", "folder", "link" (to a folder that is to be walked), or the kind of entry that is passed over."""
-    name = entry.name.lower()
-    try:
-        is_folder = entry.is_dir()
-    except OSError:  # a link to itself
-        is_folder = False
-    if not is_folder and os.path.splitext(name)[1] not in SUFFIXES:
-        return SYSTEM if name in SYSTEM_NAMES else OTHER
-    if not hidden and (name in SYSTEM_NAMES or name.startswith(".")):
-        return SYSTEM if name in SYSTEM_NAMES else HIDDEN
-    if not is_folder:
-        return "image"
+    """IMAGE, "folder", "link" (to a folder that is to be walked), or the kind of entry that is passed over."""
+    if not _is_folder(entry):
+        return kind_of(entry.name, hidden)
+    if not hidden and (unseen := _kind_of_unseen(entry.name.lower())):
+        return unseen
     return _kind_of_link(entry.path) if entry.is_symlink() else "folder"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _kind_of_link(link: str) -> str:

@@ -6,7 +6,15 @@ uint8 images -> features -> streaming statistics -> metrics.
 from flowturbo.evaluation.comparison import METRICS, Measurement, check_comparable, evaluate
 from flowturbo.evaluation.extractors import Extractor, Features, InceptionExtractor, load_extractor
 from flowturbo.evaluation.features import FeatureSet, extract
-from flowturbo.evaluation.metrics import frechet_distance, inception_score, kid, mind, precision_recall, resample_counts
+from flowturbo.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kid,
+    kid_of_subsets,
+    mind,
+    precision_recall,
+    resample_counts,
+)
 from flowturbo.evaluation.sources import Archive, ImageArchive, ImageFolder
 from flowturbo.evaluation.statistics import Gaussian, GaussianStatistics
 
@@ -28,6 +36,7 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kid",
+    "kid_of_subsets",
     "load_extractor",
     "mind",
     "precision_recall",

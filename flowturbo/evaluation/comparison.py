@@ -14,6 +14,7 @@ from flowturbo.evaluation.metrics import (
     frechet_distance,
     inception_score,
     kid,
+    kid_of_subsets,
     mind,
     precision_recall,
     resample_counts,
@@ -49,6 +50,7 @@ def evaluate(
     *,
     bootstrap: int = 0,
     half_precision: bool = False,
+    kid_subsets: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Measurement]]:
@@ -58,7 +60,8 @@ def evaluate(
     `seed`, the reference held fixed. FID and sFID recompute mean and covariance of every resample, which costs
     about one pass over the features each; the others resample what each image contributes. Precision and
     recall keep the balls of the original images (copies of an image would shrink them), and recall resamples
-    the references, whose share it is. ValueError for unlike extractors.
+    the references, whose share it is. KID is over all pairs, or over so many of torch-fidelity's subsets, which are
+    not resampled. ValueError for unlike extractors.
     """
     check_comparable(reference, samples)
     device = torch.device(device)
@@ -85,7 +88,12 @@ def evaluate(
     else:
         yield "Precision", _measured(inside.precision(counts))
         yield "Recall", _measured(inside.recall(resample_counts(len(references), bootstrap, seed)))
-    yield "KID", _measured(kid(generated, references, counts))
+    yield (
+        "KID",
+        _kid_of_subsets(generated, references, kid_subsets)
+        if kid_subsets
+        else _measured(kid(generated, references, counts)),
+    )
     yield "MIND", _measured(mind(generated, references, counts))
 
 
@@ -129,6 +137,17 @@ def _distances(
         statistics.update(features, counts)
         distances.append(distance(statistics.gaussian()))
     return torch.tensor(distances, dtype=torch.float64)
+
+
+def _kid_of_subsets(samples: Tensor, references: Tensor, subsets: int) -> Measurement:
+    try:
+        values = kid_of_subsets(samples, references, subsets)
+    except ValueError as error:
+        return Measurement(reason=str(error))
+    deviation = values.std(correction=0).item()
+    return _measured(values.mean()[None])._replace(
+        reason=f"mean of {subsets} subsets, whose standard deviation is {deviation:.2g}"
+    )
 
 
 def _measured(values: Tensor) -> Measurement:

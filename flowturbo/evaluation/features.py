@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,8 +112,8 @@ def extract(
 ) -> FeatureSet:
     """Statistics of the features of images, and the features named in keep ("pool", "spatial", "logits").
 
-    Statistics accumulate on `device`; progress shows on a terminal. ValueError, naming the images, when they are
-    bad or features not finite.
+    Images are read and decoded in threads, a batch ahead. Statistics accumulate on `device`; progress shows on a
+    terminal. ValueError, naming the images, when they are bad or features not finite.
     """
     statistics: dict[str, GaussianStatistics] = {}
     kept: dict[str, Tensor] = {}
@@ -120,7 +121,7 @@ def extract(
     # disable=None: on a terminal only, so that an error in a log is one line
     hidden = None if progress else True
     with tqdm(total=len(images), desc=images.path.name, unit="img", leave=False, disable=hidden) as bar:
-        for batch in images.batches(batch_size):
+        for batch in _one_ahead(images.batches(batch_size)):
             try:
                 features = extractor(torch.from_numpy(batch).permute(0, 3, 1, 2))
             except ValueError as error:  # of images that the extractor does not take
@@ -152,6 +153,15 @@ def extract(
         spatial=kept.get("spatial"),
         logits=kept.get("logits"),
     )
+
+
+def _one_ahead(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The batches, each read while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(next, batches, None)
+        while (batch := reading.result()) is not None:
+            reading = thread.submit(next, batches, None)
+            yield batch
 
 
 def _read_gaussian(archive: Archive, suffix: str) -> Gaussian:

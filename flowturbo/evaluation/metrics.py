@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowturbo.evaluation.precision import full_precision
+from flowturbo.evaluation.products import congruence, own_products, pair_products
 
 
 def resample_counts(count: int, resamples: int, seed: int = 0) -> Tensor:
@@ -46,7 +48,7 @@ def frechet_distance(
         raise ValueError(f"statistics of {len(mean1)} and of {len(mean2)} dimensions cannot be compared")
     mean1, covariance1, mean2, covariance2 = (m.double() for m in (mean1, covariance1, mean2, covariance2))
     root = covariance_root(covariance1) if root1 is None else root1
-    spectrum = torch.linalg.eigvalsh(root.T @ covariance2 @ root)
+    spectrum = torch.linalg.eigvalsh(congruence(root, covariance2), UPLO="U")
     trace_of_root = spectrum.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * trace_of_root
     return max(distance.item(), 0.0)  # rounding may leave −1e-13 between equal Gaussians
@@ -88,7 +90,7 @@ class PrecisionRecall(NamedTuple):
 
 @full_precision()
 def precision_recall(
-    samples: Tensor, references: Tensor, k: int = 3, half_precision: bool = False, block: int = 4096
+    samples: Tensor, references: Tensor, k: int = 3, half_precision: bool = False, block: int = 2048
 ) -> PrecisionRecall:
     """Manifold precision and recall of samples (N, D) against references (M, D).
 
@@ -116,9 +118,10 @@ def precision_recall(
 def kid(samples: Tensor, references: Tensor, counts: Tensor | None = None, block: int = 2048) -> Tensor:
     """Kernel Inception Distance of samples (N, D) and references (M, D): unbiased squared MMD over all pairs.
 
-    The kernel is (x·y/D + 1)³. All pairs instead of random subsets: the same expectation, less variance, no
-    seed. counts (K, N) weigh the samples; an image never pairs with its own copies, so resampling keeps the
-    estimate unbiased. (Bińkowski et al. 2018, arXiv:1801.01401.)
+    The kernel is (x·y/D + 1)³, in the precision of the features; its sums are float64. All pairs instead of random
+    subsets: the same expectation, less variance, no seed. counts (K, N) weigh the samples; an image never pairs with
+    itself, nor with its own copies, so resampling keeps the estimate unbiased.
+    (Bińkowski et al. 2018, arXiv:1801.01401.)
     """
     for images, side in ((samples, "samples"), (references, "references")):
         if len(images) < 2:
@@ -128,6 +131,27 @@ def kid(samples: Tensor, references: Tensor, counts: Tensor | None = None, block
     once = weights.new_ones(1, len(references))
     cross = _kernel_sum(samples, weights, references, once, block) / (weights.sum(dim=1) * len(references))
     return _kernel_mean(samples, weights, block) + _kernel_mean(references, once, block) - 2 * cross
+
+
+def kid_of_subsets(
+    samples: Tensor, references: Tensor, subsets: int = 100, size: int = 1000, seed: int = 2020
+) -> Tensor:
+    """KID (subsets,) of random subsets of `size` images of each side: torch-fidelity's, which reports their mean.
+
+    The same subsets as torch-fidelity's, by the same defaults. ValueError where a side has fewer images.
+    """
+    for images, side in ((samples, "samples"), (references, "references")):
+        if len(images) < size:
+            raise ValueError(f"{len(images)} {side}: KID of subsets needs at least {size}")
+    draws = np.random.RandomState(seed)  # theirs, drawn in their order
+    x, y = (side.new_empty(size, side.shape[1]) for side in (samples, references))
+    values = []
+    for _ in range(subsets):
+        for side, chosen in ((samples, x), (references, y)):
+            numbers = torch.from_numpy(draws.choice(len(side), size, replace=False))
+            torch.index_select(side, 0, numbers.to(side.device), out=chosen)
+        values.append(kid(x, y))
+    return torch.cat(values)
 
 
 @full_precision()
@@ -174,27 +198,28 @@ def _common_steps(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _kernel_mean(x: Tensor, weights: Tensor, block: int) -> Tensor:
     """The weighted mean (K,) of the kernel over pairs of different images."""
-    norms = torch.cat([part.double().square().sum(dim=1) for part in x.split(block)])
-    own = weights.square() @ _cubic(norms, x.shape[1])
+    total = weights.new_zeros(len(weights))
+    for rows in _blocks(len(x), block):
+        kernel = _cubic(own_products(x[rows], rest=-x.shape[1]), x.shape[1])  # 0 in the rest
+        total += ((weights[:, rows] @ kernel) * weights[:, rows]).sum(dim=1)
+        rest = slice(rows.stop, None)
+        total += _kernel_sum(x[rows], weights[:, rows], x[rest], weights[:, rest], block)
     pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
-    return (_kernel_sum(x, weights, x, weights, block) - own) / pairs
+    return 2 * total / pairs
 
 
 def _kernel_sum(x: Tensor, x_weights: Tensor, y: Tensor, y_weights: Tensor, block: int) -> Tensor:
-    """Σᵢⱼ wᵢ k(xᵢ, yⱼ) wⱼ (K,), in float64 beyond the inner products; half the blocks when y is x."""
+    """Σᵢⱼ wᵢ k(xᵢ, yⱼ) wⱼ (K,)."""
     total = x_weights.new_zeros(len(x_weights))
     for rows in _blocks(len(x), block):
         for columns in _blocks(len(y), block):
-            if y is x and columns.start < rows.start:
-                continue
-            kernel = _cubic((x[rows] @ y[columns].T).double(), x.shape[1])
-            part = ((x_weights[:, rows] @ kernel) * y_weights[:, columns]).sum(dim=1)
-            total += 2 * part if y is x and columns.start > rows.start else part
+            kernel = _cubic(pair_products(x[rows], y[columns]), x.shape[1])
+            total += ((x_weights[:, rows] @ kernel) * y_weights[:, columns]).sum(dim=1)
     return total
 
 
 def _cubic(products: Tensor, dimensions: int) -> Tensor:
-    return (products / dimensions + 1) ** 3
+    return products.div_(dimensions).add_(1).pow_(3).double()
 
 
 def _share(inside: Tensor, counts: Tensor | None) -> Tensor:
@@ -204,17 +229,28 @@ def _share(inside: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _squared_radii(x: Tensor, k: int, half_precision: bool, block: int) -> Tensor:
-    """The squared distance (N,) from each row to its k-th nearest other row, with a running top-k."""
-    radii = []
+    """The squared distance (N,) from each row to its k-th nearest other row; each pair is looked at once."""
+    nearest = x.new_full((len(x), k + 1), torch.inf, dtype=torch.float32)  # k + 1: itself too
     for rows in _blocks(len(x), block):
-        nearest = x.new_empty(0)
         for columns in _blocks(len(x), block):
+            if columns.start < rows.start:
+                continue
             distances = _squared_distances(x[rows], x[columns], half_precision)
-            found = distances.topk(min(k + 1, distances.shape[1]), largest=False).values  # k + 1: itself too
-            nearest = found if not len(nearest) else torch.cat([nearest, found], dim=1)
-            nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
-        radii.append(nearest.amax(dim=1))
-    return torch.cat(radii)
+            _keep_smallest(nearest[rows], distances)
+            if columns.start > rows.start:
+                _keep_smallest(nearest[columns], distances.T)
+    return nearest.amax(dim=1)
+
+
+def _keep_smallest(smallest: Tensor, values: Tensor) -> None:
+    """Let smallest (N, k) hold the k smallest of what it holds and of values (N, M), row by row, in any order."""
+    count, width = smallest.shape[1], 64
+    if values.shape[1] > count * width and values.shape[1] % width == 0:
+        # The k smallest values lie in the k groups with the smallest minima, which are fast to find.
+        groups = values.unflatten(1, (-1, width))
+        chosen = groups.amin(dim=2).topk(count, largest=False).indices
+        values = groups.gather(1, chosen[:, :, None].expand(-1, -1, width)).flatten(1)
+    smallest.copy_(torch.cat([smallest, values], dim=1).topk(count, largest=False).values)
 
 
 def _squared_distances(x: Tensor, y: Tensor, half_precision: bool) -> Tensor:
@@ -229,10 +265,10 @@ def _squared_distances(x: Tensor, y: Tensor, half_precision: bool) -> Tensor:
 
     u, v = rounded(x).float(), rounded(y).float()
     u_norm, v_norm = rounded(u.square().sum(dim=1)), rounded(v.square().sum(dim=1))
-    distances = u_norm[:, None] - 2 * rounded(u @ v.T) + v_norm
+    distances = rounded(pair_products(u, v)).mul_(-2).add_(u_norm[:, None]).add_(v_norm)
     if half_precision and not distances.isfinite().all():
         return _squared_distances(x, y, half_precision=False)
-    return distances.float().clamp(min=0)
+    return distances.float().clamp_(min=0)
 
 
 def _blocks(count: int, size: int) -> list[slice]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from flowturbo.data.images import DEPTH, ORIENTATION, TRANSPARENCY
+from flowturbo.data.shards import is_packed
 from flowturbo.data.walk import OTHER, describe
 from flowturbo.evaluation.extractors import Extractor, load_extractor
 from flowturbo.evaluation.features import FeatureSet, extract
@@ -32,7 +33,8 @@ class Side(NamedTuple):
 
     @classmethod
     def open(cls, path: str, image_size: int | None = None, background: str = "white") -> Side:
-        """Look at a folder or an .npz without reading the images; with an `image_size` a folder's are cropped.
+        """Look at a folder, packed images or an .npz without reading the images; with an `image_size` they are cropped,
+        but for those of an .npz.
 
         Raises MissingWeights for a registered file that is not here, ValueError for anything else.
         """
@@ -40,7 +42,7 @@ class Side(NamedTuple):
         if found is None and find_asset(path):
             raise MissingWeights({"": path})
         path = str(found or path)
-        if Path(path).is_dir():
+        if Path(path).is_dir() or is_packed(path):
             return cls(ImageFolder(path, image_size, background), None)
         archive = Archive(path)
         stored = FeatureSet.load(path) if "mu" in archive else None

@@ -10,20 +10,20 @@ import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
-from flowturbo.data.images import MAX_PIXELS, in_threads, read_image
+from flowturbo.data.archives import DEFLATE_LIMIT
+from flowturbo.data.images import MAX_PIXELS, ImageReading, Source, in_threads, read_image
 from flowturbo.data.options import parse_background
+from flowturbo.data.shards import open_shards
 from flowturbo.data.walk import walk
 from flowturbo.system.values import plain
 
-DEFLATE_LIMIT = 1032  # deflate cannot shrink data further, so an announced size beyond it is a lie
 PACKED_LIMIT, FREE = 100, 1 << 28  # images shrink less; up to so many bytes anything may
 
 
@@ -32,7 +32,8 @@ class UnevenImages(ValueError):
 
 
 class ImageFolder:
-    """All images below a folder, sorted by path, read as for training; with an `image_size` cropped as there too.
+    """All images below a folder, sorted by path, or in packed files, in their order, read as for training; with an
+    `image_size` cropped as there too.
 
     `skipped` counts the entries that were passed over by kind, `applied` the images that each rule of reading has
     changed, once they were read. Raises ValueError below two images, or, naming the file, for one that cannot be read,
@@ -42,8 +43,13 @@ class ImageFolder:
     def __init__(self, path: str | os.PathLike[str], image_size: int | None = None, background: str = "white") -> None:
         parse_background(background)
         self.path, self.image_size, self.background = Path(path), image_size, background
-        found = walk(path)
-        self.files, self.skipped = [os.path.join(path, file) for file in found.files], found.skipped
+        self._shards = open_shards(path)
+        self.skipped: Mapping[str, int]
+        if self._shards is None:
+            found = walk(path)
+            self.files, self.skipped = [os.path.join(path, file) for file in found.files], found.skipped
+        else:
+            self.files, self.skipped = self._shards.names, self._shards.skipped
         self.applied: Counter[str] = Counter()
         if len(self.files) < 2:
             raise ValueError(f"{self.path}: {len(self.files)} images in this folder, expected at least 2")
@@ -51,18 +57,25 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def source(self, index: int) -> Source:
+        """What image number `index` is read from."""
+        return self.files[index] if self._shards is None else self._shards.read(index)
+
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """uint8 (n, H, W, 3) in the order of the paths, n = size but for the last."""
-        read = partial(read_image, size=self.image_size, background=self.background)
+
+        def read(index: int) -> ImageReading:
+            return read_image(self.source(index), size=self.image_size, background=self.background)
+
         self.applied.clear()
-        height, width = read(self.files[0]).pixels.shape[1:]
-        for start in range(0, len(self.files), size):
-            files = self.files[start : start + size]
-            images = in_threads(read, files)
-            for file, image in zip(files, images):
+        height, width = read(0).pixels.shape[1:]
+        for start in range(0, len(self), size):
+            part = range(start, min(start + size, len(self)))
+            images = in_threads(read, part)
+            for index, image in zip(part, images):
                 if image.pixels.shape[1:] != (height, width):
                     raise UnevenImages(
-                        f"{file}: {image.pixels.shape[2]}×{image.pixels.shape[1]} pixels, but "
+                        f"{self.files[index]}: {image.pixels.shape[2]}×{image.pixels.shape[1]} pixels, but "
                         f"{os.path.basename(self.files[0])} has {width}×{height}: expected images of one size"
                     )
                 self.applied.update(image.rules)

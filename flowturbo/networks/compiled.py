@@ -4,6 +4,8 @@ The graph of a block holds its network evaluations, guidance and the move, in th
 time and class alone is computed for the whole trajectory beforehand and handed in; weights and guidance scale are
 tensors. So one graph for each letter serves every step and every scale, and all share one set of weights.
 
+On a CPU, where a launch costs next to nothing, the transformer blocks alone are graphs: one serves them all.
+
 Source: FlowTurbo, section 3.4 ("sample-aware compilation").
 """
 
@@ -19,8 +21,9 @@ import torch._dynamo
 from torch import Tensor
 
 from flowturbo.models import RunBlock, SiT, run_block
-from flowturbo.networks.patches import PatchNetwork, Place, block_step
-from flowturbo.transport.blocks import Block, State, Step
+from flowturbo.networks.kept_code import kept_code
+from flowturbo.networks.patches import PatchNetwork, Place, block_step, padded, padded_weights
+from flowturbo.transport.blocks import State
 from flowturbo.transport.editing import Known, Source
 from flowturbo.transport.guidance import Instant
 from flowturbo.transport.samplers import FlowTurbo
@@ -30,11 +33,14 @@ class StaticGraphs:
     """The engine of a FlowTurbo whose blocks are static graphs; on CUDA the whole trajectory of a batch shape is
     recorded as one graph, decoding included.
 
-    The first batch of a shape takes longer. Raises ValueError for networks that are no PatchNetwork, and when it
-    samples where this machine cannot compile.
+    The first batch of a shape takes longer; what is compiled is kept for later processes. Raises ValueError for
+    networks that are no PatchNetwork, and when it samples where this machine cannot compile.
     """
 
+    whole_steps: bool | None = None  # graphs of whole steps, or else of transformer blocks; None: on CUDA
+
     def __init__(self, sampler: FlowTurbo):
+        kept_code()
         self.sampler = sampler
         uses_refiner = sampler.schedule.has_refiner
         self.networks: dict[str, Any] = {"predictor": sampler.predictor}
@@ -43,15 +49,30 @@ class StaticGraphs:
         for network in self.networks.values():
             if not hasattr(network, "embed"):
                 raise ValueError(f"{type(network).__name__} cannot be compiled: expected a SiT or a VelocityRefiner")
+        whole = self.networks["predictor"].pos_embed.is_cuda if self.whole_steps is None else self.whole_steps
         self.run = {name: runner(network) for name, network in self.networks.items()}
-        self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
+        self.step = block_step
+        if whole:
+            self.step = torch.compile(block_step, fullgraph=True, dynamic=False)
+        else:
+            self.run = dict.fromkeys(self.networks, compiled_block())
         self.recording = True  # on CUDA; False launches the blocks' graphs one by one
         self.recordings: dict[tuple, Callable[..., Tensor]] = {}
-        self._numbers: dict[torch.device, Numbers] = {}
+        self._shapes: set[torch.Size] = set()  # that have been sampled
+        self._numbers: dict[tuple[torch.device, torch.dtype], Numbers] = {}
 
     def sample(self, z: Tensor, y: Tensor, source: Source | None = None) -> Tensor:
         """Latents, or what the sampler's `decode` makes of them, from noise z (N, C, H, W) and labels y (N,)."""
-        self._tensors(z.device)
+        result = self._recorded(z, y, source)
+        if z.shape not in self._shapes:
+            self._shapes.add(z.shape)
+            if code := kept_code():
+                code.record()  # now, since not every process comes to an orderly end
+        return result
+
+    def _recorded(self, z: Tensor, y: Tensor, source: Source | None) -> Tensor:
+        """As `_sample`, by a recording of it where there can be one."""
+        self._tensors(z)
         if not (z.is_cuda and self.recording):
             return self._sample(z, y, source)
         known = source.tensors() if source is not None else {}
@@ -80,7 +101,7 @@ class StaticGraphs:
 
     def _steps(self, z: Tensor, y: Tensor, source: Source | None = None) -> Iterator[State]:
         """The State after each step, in patches."""
-        numbers = self._tensors(z.device)
+        numbers = self._tensors(z)
         guidance = self.sampler.guidance
         labels = y if source is None else source.all_labels(y)
         conditioning = {name: self._conditioning(name, labels) for name in self.networks}
@@ -114,16 +135,19 @@ class StaticGraphs:
         to_patches = self.networks["predictor"].to_patches
         return Known(to_patches(x), to_patches(u), None if m is None else to_patches(m), difference)
 
-    def _tensors(self, device: torch.device) -> Numbers:
-        """The trajectory's numbers on a device, made once: a recording keeps reading them."""
-        if device not in self._numbers:
+    def _tensors(self, z: Tensor) -> Numbers:
+        """The trajectory's numbers for noise like this, made once: a recording keeps reading them."""
+        device, key = z.device, (z.device, z.dtype)
+        if key not in self._numbers:
+            # On a CPU, Dynamo takes a number in float64 for a Python float, and traces all twice over to see which.
+            dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
 
             def number(value: float | None) -> Tensor | None:
-                return None if value is None else torch.tensor(value, dtype=torch.float64, device=device)
+                return None if value is None else torch.tensor(value, dtype=dtype, device=device)
 
             sampler = self.sampler
             with torch.inference_mode(False):
-                self._numbers[device] = Numbers(
+                self._numbers[key] = Numbers(
                     [[list(map(number, row)) for row in rows] for rows in padded_weights(sampler.steps)],
                     [
                         [instant._replace(weights=tuple(map(number, instant.weights))) for instant in instants]
@@ -131,7 +155,7 @@ class StaticGraphs:
                     ],
                     torch.tensor(sampler.guidance.scale, device=device),
                 )
-        return self._numbers[device]
+        return self._numbers[key]
 
     def _conditioning(self, name: str, y: Tensor) -> dict[float, Tensor]:
         """A network's modulations at each time that it is evaluated at, all computed in one go: a row for every
@@ -158,31 +182,6 @@ class Numbers(NamedTuple):
     scale: Tensor
 
 
-def padded(handed: list[Tensor], count: int, x: Tensor, width: int) -> list[Tensor]:
-    """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all.
-
-    `width`: the rows of a velocity where none is there.
-    """
-    rows = len(handed[0]) if handed else width
-    # Each a tensor of its own: a graph is made for inputs that are the same or not.
-    return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
-
-
-def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
-    """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
-    widest: dict[Block, Step] = {}
-    for step in steps:
-        if len(step.takes) >= len(widest.get(step.block, step).takes):
-            widest[step.block] = step
-    padded = []
-    for step in steps:
-        most = widest[step.block]
-        missing = len(most.takes) - len(step.takes)
-        rows = zip(most.weights, step.weights)
-        padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
-    return padded
-
-
 @torch.compiler.nested_compile_region
 def run_as_region(block: Any, tokens: Tensor, modulation: Tensor) -> Tensor:
     """A block's output. Within torch.compile all blocks share the compilation of one."""
@@ -195,11 +194,19 @@ def runner(network: PatchNetwork) -> RunBlock:
     return run_as_region if type(weights.data) is Tensor else run_block
 
 
+def compiled_block() -> RunBlock:
+    """A block's output by a graph of its own, which all blocks of a width share, those of other networks too."""
+    graph = torch.compile(run_block, fullgraph=True, dynamic=False)
+    # In a layout of its own: that of a row of the whole table differs with the number of blocks.
+    return lambda block, tokens, modulation: graph(block, tokens, modulation.contiguous())
+
+
 def static_graph(network: SiT) -> Callable[..., Tensor]:
     """A network's forward as a static graph, for training; the network itself stays as it is.
 
     Raises ValueError, when called, where this machine cannot compile.
     """
+    kept_code()
     images_in, run = network.images_in, runner(network)
     graph: Callable[..., Tensor] = torch.compile(network.evaluate, fullgraph=True, dynamic=False)
 
@@ -246,6 +253,13 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
 def graph_limits() -> AbstractContextManager:
     """Room for the graphs of many batch shapes, schedules and networks: each has its own, by intention."""
     return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=2048)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises CannotCompile where this machine cannot compile for a device: before anything is made, not after."""
+    kept_code()
+    with compiler_errors():
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
 
 
 class CannotCompile(ValueError):

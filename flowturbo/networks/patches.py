@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowturbo.models import RunBlock
-from flowturbo.transport.blocks import Block, take_step
+from flowturbo.transport.blocks import Block, Step, take_step
 from flowturbo.transport.branches import Branches, Guided
 from flowturbo.transport.editing import Edited, Known
 from flowturbo.transport.guidance import Instant
@@ -85,3 +85,28 @@ def patch_branches(network: PatchNetwork, run: RunBlock) -> Branches:
         return network.transform(tokens, conditioning, run)
 
     return branches
+
+
+def padded(handed: list[Tensor], count: int, x: Tensor, width: int) -> list[Tensor]:
+    """As many velocities as the block's steps have at most, with zeros before: then one graph serves them all.
+
+    `width`: the rows of a velocity where none is there.
+    """
+    rows = len(handed[0]) if handed else width
+    # Each a tensor of its own: a graph is made for inputs that are the same or not.
+    return [x.new_zeros(rows, *x.shape[1:]) for _ in range(count - len(handed))] + handed
+
+
+def padded_weights(steps: Sequence[Step]) -> list[list[list[float | None]]]:
+    """The weights of each step, of as many velocities as the steps of its block are handed at most: zeros before."""
+    widest: dict[Block, Step] = {}
+    for step in steps:
+        if len(step.takes) >= len(widest.get(step.block, step).takes):
+            widest[step.block] = step
+    padded = []
+    for step in steps:
+        most = widest[step.block]
+        missing = len(most.takes) - len(step.takes)
+        rows = zip(most.weights, step.weights)
+        padded.append([[None if w is None else 0.0 for w in full[:missing]] + list(row) for full, row in rows])
+    return padded

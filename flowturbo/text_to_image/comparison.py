@@ -70,12 +70,15 @@ def distance(images: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def ratios(rows: Sequence[Measured], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """How much less time the second row of each pair takes than the first, as lines; pairs that lack a row are left
-    out."""
+    """How much less time the second row of each pair takes than the first, and how far both end from the reference, as
+    lines; pairs that lack a row are left out."""
     found = {row.name: row for row in rows}
     lines = []
     for slow, fast in pairs:
         if slow in found and fast in found:
             a, b = found[slow], found[fast]
-            lines.append(f"{fast} against {slow}: {1 - b.ms / a.ms:+.1%} of the time saved")
+            line = f"{fast} against {slow}: {1 - b.ms / a.ms:+.1%} of the time saved"
+            if a.distance and b.distance:
+                line += f", error {b.distance[0]:.2f} against {a.distance[0]:.2f}"
+            lines.append(line)
     return lines

@@ -18,8 +18,8 @@ class Family:
     """One class of networks.
 
     `conditions` maps what `encode` gives to the forward's arguments. The network is asked at `time(sigma, config)`, and
-    answers `sign` times noise - data. `packed`: its latents are tokens (N, h·w / 4, 4C), and `places` makes of latents x
-    and the arguments so far those that say where the tokens stand, or which of them count.
+    answers `sign` times noise - data. `packed`: its latents are tokens (N, h·w / 4, 4C), and `places` makes, of latents
+    x and the arguments so far, those that say where the tokens stand, or which of them count.
     `depth` are the config's entries for a refiner of one transformer block; `input` and `output` are its first and its
     last layer, and `channels_last` says that the input layer's features end with the channels of a patch.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowturbo.data.loader import Batch
 from flowturbo.networks.precision import autocast
 from flowturbo.system.distributed import World
-from flowturbo.text_to_image.families import Conditions, Family, velocity
+from flowturbo.text_to_image.families import Conditions, Family, family_of, velocity
 from flowturbo.training.log import RunLog
 from flowturbo.training.stopping import StopRequest
 from flowturbo.transport import flow_matching_loss, predictor_times, refiner_loss, refiner_times
@@ -45,21 +45,28 @@ class CaptionObjective:
         return dict(zip(self.family.conditions, (batch.draws.states, batch.draws.summary)))
 
     def function(self, network: nn.Module, batch: Batch) -> Callable[..., Tensor]:
-        """dx/dt of a network as transport calls it: (x, t, *velocities, y, drop), t from 0 (noise) to 1 (data).
-
-        A network's own outputs are its family's sign times dx/dsigma = -dx/dt, and so is what a refiner sees.
-        """
+        """`answer` of a network as transport calls it: (x, t, *velocities, y, drop)."""
         low, high = self.guidance
-        sign = -self.family.sign
 
         def call(x: Tensor, t: Tensor, *inputs: Any) -> Tensor:
             *velocities, conditions, _ = inputs
-            x = torch.cat([x, *(sign * v for v in velocities)], 1)
             guidance = low + (high - low) * batch.draws.uniform[:, 2]
             with autocast(x.device, self.dtype):
-                return -velocity(network, x, 1 - t, conditions, guidance)
+                return answer(network, x, t, velocities, conditions, guidance)
 
         return call
+
+
+def answer(
+    network: nn.Module, x: Tensor, t: Tensor, velocities: Sequence[Tensor], conditions: Conditions, guidance: Tensor
+) -> Tensor:
+    """dx/dt (N, C, h, w) of a network at times t (N,) from 0 (noise) to 1 (data); or, given a velocity, the offset of a
+    refiner.
+
+    A network's own outputs are its family's sign times dx/dsigma = -dx/dt, and so is what a refiner sees.
+    """
+    sign = -family_of(network).sign
+    return -velocity(network, torch.cat([x, *(sign * v for v in velocities)], 1), 1 - t, conditions, guidance)
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flowturbo.configurations import PRECISIONS
 from flowturbo.sampling.options import DEVICE_HELP
-from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Group, Range, option, seed
+from flowturbo.system.options import AT_LEAST_0, AT_LEAST_1, PART, POSITIVE, Group, Range, option, seed
 from flowturbo.training.options import HardwareOptions, Optimisation, OutputOptions
+from flowturbo.training.recipe import ENDPOINT, ENDPOINT_DEFAULTS, endpoint_schedules
 from flowturbo.transport.blocks import REFINER_STEPS
 from flowturbo.transport.losses import MAX_DT, TIME_DISTRIBUTIONS
 
 TARGETS = ("refiner", "predictor")
-STEPS = 10_000  # of a training run
+# What differs between the recipes: the paper's settings for text-to-image (section 4.1 and appendix), and endpoint's.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {"global_batch_size": 16, "lr": 2e-5, "steps": 10_000, "clip_grad": 0.01},
+    ENDPOINT: {**ENDPOINT_DEFAULTS, "clip_grad": 1.0},
+}
 OFFLOADS = ("none", "model", "sequential")
 VELOCITIES = ("noise-data", "data-noise")
+TRAJECTORIES = ("schedule", "refiner_step", "trajectories", "reference", "guidance_scale")  # what shapes them
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,13 @@ class MeasureOptions(Group):
 
 
 @dataclass(frozen=True)
+class CompilationOptions(Group):
+    """What a benchmark compiles."""
+
+    compiled: bool = option(True, "measure all rows with the network compiled too")
+
+
+@dataclass(frozen=True)
 class WhatOptions(Group):
     """What is trained, for which pipeline."""
 
@@ -123,9 +136,10 @@ class WhatOptions(Group):
 class CaptionOptions(Group):
     """What is trained on."""
 
-    data_path: str = option(
-        help="captioned images: NAME.txt beside each, metadata.jsonl, .tar shards or .parquet files", metavar="DIR"
+    data_path: str | None = option(
+        None, "captioned images: NAME.txt beside each, metadata.jsonl, .tar shards or .parquet files", metavar="DIR"
     )
+    prompts: str | None = option(None, "recipe endpoint: one prompt a line, in place of images", metavar="FILE")
     cache: str | None = option(
         None, "where latents and embeddings are kept, encoded once (default: DATA_PATH-cache)", metavar="DIR"
     )
@@ -138,11 +152,24 @@ class CaptionOptions(Group):
         """Height and width."""
         return self.height, self.width or self.height
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where what is encoded is kept."""
+        source = str(self.prompts or self.data_path)
+        return Path(self.cache or source.rstrip("/") + "-cache")
+
 
 @dataclass(frozen=True)
 class RecipeOptions(Group):
     """How a network is trained."""
 
+    recipe: str = option(
+        "paper",
+        "refiner: the paper's loss, or endpoint: on prompts alone, through the R blocks of one schedule, to where a "
+        "finer solution from the same noise ends",
+        choices=("paper", ENDPOINT),
+        shapes=True,
+    )
     max_dt: float = option(
         MAX_DT,
         "refiner: upper end of Δ before the shift; at least 1 / N for schedules of N steps",
@@ -155,6 +182,15 @@ class RecipeOptions(Group):
     time_distribution: str = option(
         "logit-normal", "predictor: of the times trained at", choices=TIME_DISTRIBUTIONS, shapes=True
     )
+    schedule: str = option("H1P5R3", "recipe endpoint: what it trains for, R blocks last; the grid is the model's")
+    refiner_step: str = option("single", "recipe endpoint: form of the R blocks", choices=REFINER_STEPS)
+    trajectories: int = option(
+        2048, "recipe endpoint: of the network, cached once in the run's folder", within=AT_LEAST_1
+    )
+    reference: str = option("M32", "recipe endpoint: the schedule of the finer solutions, without R")
+    guidance_scale: float | None = option(
+        None, "recipe endpoint: that images will be sampled with (default: the pipeline's)", within=AT_LEAST_0
+    )
     guidance: tuple[float, float] = option(
         (1.0, 5.0), "range of the guidance embedding, where the network has one", metavar=("LOW", "HIGH"), shapes=True
     )
@@ -164,30 +200,31 @@ class RecipeOptions(Group):
         low, high = self.guidance
         if not 0 <= low <= high < math.inf:
             raise ValueError(f"guidance {low} to {high} must be a range of at least 0")
+        for name, text in zip(
+            ("schedule", "reference"), endpoint_schedules(self.recipe, self.schedule, self.reference)
+        ):
+            object.__setattr__(self, name, text)
 
 
 @dataclass(frozen=True)
 class CaptionOptimisation(Optimisation):
-    """The paper's settings for text-to-image (section 4.1 and appendix)."""
+    """As of train.py; None for what differs between the recipes: TextTrainingOptions fills it in."""
 
-    global_batch_size: int = option(16, "over all ranks", within=AT_LEAST_1, shapes=True)
-    steps: int = option(None, f"updates (default: {STEPS})", within=AT_LEAST_1)
-    lr: float = option(
-        2e-5, "learning rate", within=Range(lambda value: 0 < value < math.inf, "be positive and finite"), shapes=True
+    global_batch_size: int = option(
+        None, "over all ranks (default: 16, recipe endpoint 64)", within=AT_LEAST_1, shapes=True
     )
-    warmup: int = option(100, "updates over which the learning rate rises from 0", within=AT_LEAST_0, shapes=True)
-    clip_grad: float | None = option(0.01, "largest norm of the gradient", within=POSITIVE, shapes=True)
-    class_dropout: float = option(
-        0.1,
-        "how often a prompt becomes the null prompt",
-        within=Range(lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    steps: int = option(None, "updates (default: 10000, recipe endpoint 2000)", within=AT_LEAST_1)
+    lr: float = option(
+        None,
+        "learning rate (default: 2e-5, recipe endpoint 1e-3)",
+        within=Range(lambda value: 0 < value < math.inf, "be positive and finite"),
         shapes=True,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is None and self.epochs is None:
-            object.__setattr__(self, "steps", STEPS)
+    warmup: int = option(100, "updates over which the learning rate rises from 0", within=AT_LEAST_0, shapes=True)
+    clip_grad: float | None = option(
+        None, "largest norm of the gradient (default: .01, recipe endpoint 1)", within=POSITIVE, shapes=True
+    )
+    class_dropout: float = option(0.1, "how often a prompt becomes the null prompt", within=PART, shapes=True)
 
 
 @dataclass(frozen=True)
@@ -204,6 +241,23 @@ class TextTrainingOptions:
     def __post_init__(self) -> None:
         if self.output.sample_every:
             raise ValueError("no images are sampled while a pipeline's networks train: expected sample_every 0")
+        if self.recipe.recipe == ENDPOINT and self.what.target != "refiner":
+            raise ValueError(f"recipe endpoint trains a refiner: expected target refiner, got {self.what.target}")
+        if self.by_end_points and (self.data.prompts is None) == (self.data.data_path is None):
+            raise ValueError("recipe endpoint needs prompts, or data_path for its captions: expected one of them")
+        if not self.by_end_points and (self.data.data_path is None or self.data.prompts is not None):
+            raise ValueError(
+                "recipe paper needs data_path, the captioned images; prompts alone are for recipe endpoint"
+            )
+        own = {k: v for k, v in DEFAULTS[self.recipe.recipe].items() if getattr(self.optimisation, k) is None}
+        if self.optimisation.epochs is not None:
+            own.pop("steps", None)
+        object.__setattr__(self, "optimisation", replace(self.optimisation, **own))
+
+    @property
+    def by_end_points(self) -> bool:
+        """Whether a refiner is trained on trajectories of the network, without images."""
+        return self.recipe.recipe == ENDPOINT
 
     def settings(self) -> dict[str, Any]:
         """All fields of all groups, by name; JSON types."""
@@ -213,7 +267,8 @@ class TextTrainingOptions:
 
     def shaping(self) -> list[str]:
         """The names of the settings that shape the run."""
-        return [each.name for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
+        declared = [each.name for kind in KINDS.values() for each in fields(kind) if each.metadata.get("shapes")]
+        return declared + (list(TRAJECTORIES) if self.by_end_points else [])
 
 
 KINDS: dict[str, type] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,40 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
         tokens = (tokens - vae.bn.running_mean) / (vae.bn.running_var + config.batch_norm_eps).sqrt()
         return unpack(tokens, latents.shape)
     return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+
+def latent_shape(pipe: Any, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images of height and width `size`; without an autoencoder those of the images."""
+    network = network_of(pipe)
+    factor = 1 if getattr(pipe, "vae", None) is None else pipe.vae_scale_factor
+    channels = network.config.in_channels // (4 if family_of(network).packed else 1)
+    return channels, size[0] // factor, size[1] // factor
+
+
+def shift_of(pipe: Any, size: tuple[int, int], evaluations: int = 10) -> float:
+    """The shift of noise levels for images of height and width `size`, static or dynamic; FLUX.2's depends on the
+    number of evaluations too."""
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or config.get("flow_shift") or 1)
+    _, h, w = latent_shape(pipe, size)
+    tokens = h * w // 4
+    if type(pipe).__name__.startswith("Flux2"):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        mu = compute_empirical_mu(tokens, evaluations)
+    else:
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        mu = low + (high - low) * (tokens - least) / (most - least)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def guidance_of(pipe: Any) -> float:
+    """The guidance that a pipeline samples with where none is given."""
+    defaults = {name: each.default for name, each in inspect.signature(type(pipe).__call__).parameters.items()}
+    value = defaults["guidance_scale"]
+    return float(defaults["true_cfg_scale"] if value is None else value)
 
 
 def fingerprint(parts: Any, network: bool = False) -> str:

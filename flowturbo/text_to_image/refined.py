@@ -44,7 +44,8 @@ def refiner_from(network: Any) -> FlowRefiner:
     """
     family = family_of(network)
     refiner = type(network).from_config(refiner_config(network))
-    ours, theirs = refiner.state_dict(), network.state_dict()
+    ours = refiner.state_dict()
+    theirs = {name.replace(".base_layer", ""): weight for name, weight in network.state_dict().items()}  # without LoRA
     with torch.no_grad():
         for name, weight in ours.items():
             if weight.is_meta or name not in theirs or theirs[name].is_meta:

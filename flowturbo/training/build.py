@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from flowturbo.data.classes import ClassNames, read_class_map
-from flowturbo.data.folders import ClassFolder, TrainingData
+from flowturbo.data.folders import TrainingData
+from flowturbo.data.labelled import LabelledImages
 from flowturbo.data.latents import LatentFolder, is_latent_folder
+from flowturbo.data.packed import open_images
 from flowturbo.data.parts import Split, Subset, held_out_of, whole_of
 from flowturbo.data.pictures import save_png
 from flowturbo.data.report import SHOWN, check_data, contact_sheet
@@ -79,7 +81,7 @@ def open_data(options: TrainingOptions, frozen: FrozenNetworks) -> TrainingData:
     else:
         if isinstance(autoencoder, Autoencoder):
             channels = 3
-        data = ClassFolder(given.data_path, size or 256, channels, num_classes, class_map, given.background)
+        data = open_images(given.data_path, size or 256, channels, num_classes, class_map, given.background)
     if given.holdout:
         data = Split(data, given.holdout)
     return data if given.subset == 1 else Subset(data, given.subset, options.optimisation.seed)
@@ -91,7 +93,9 @@ def _trajectories(options: TrainingOptions, frozen: FrozenNetworks) -> Trajector
     check_guidance(frozen.teacher, options.guidance.guidance)
     settings = {**options.trajectory_settings(), "dtype": str(frozen.dtype)}
     count, seed = settings.pop("trajectories"), options.optimisation.seed
-    data = Trajectories(frozen.teacher, frozen.teacher_file, settings, seed, count, frozen.autoencoder.factor)
+    shape, classes = frozen.teacher.input_shape, frozen.teacher.num_classes
+    data = Trajectories(shape, classes, settings, seed, count, frozen.teacher_file)
+    data.image_size *= frozen.autoencoder.factor
     if options.data.data_path is not None:
         data.note = "recipe endpoint trains on trajectories of the predictor: the images are not used"
     elif options.data.holdout:
@@ -108,10 +112,10 @@ def described(data: TrainingData) -> str:
     return f"{len(data):,} images in {len(data.classes)} classes{more}"
 
 
-def images_of(data: TrainingData) -> ClassFolder | None:
-    """The folder of images behind data; None for cached latents."""
+def images_of(data: TrainingData) -> LabelledImages | None:
+    """The images behind data; None for cached latents."""
     whole = whole_of(data)
-    return whole if isinstance(whole, ClassFolder) else None
+    return whole if isinstance(whole, LabelledImages) else None
 
 
 def look_at(data: TrainingData) -> list[str]:
@@ -132,7 +136,7 @@ def report_on(options: TrainingOptions) -> None:
         raise ValueError("there is no data_path to check")
     class_map = read_class_map(given.class_map) if given.class_map else None
     size, channels = given.image_size or 256, predictor.channels
-    data = ClassFolder(given.data_path, size, channels, predictor.num_classes, class_map, given.background)
+    data = open_images(given.data_path, size, channels, predictor.num_classes, class_map, given.background)
     report = check_data(data, thorough=True)
     print("\n".join([*report.lines(data), *report.unreadable[:SHOWN]]))
     report.refuse()

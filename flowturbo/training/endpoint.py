@@ -6,7 +6,7 @@ of a finer solution from the same noise. A step then evaluates the refiner alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class EndpointMatching:
 
     draw = staticmethod(no_draws)
     prepares = True
+    at_once = BATCH  # trajectories
 
     def __init__(self, sampler: FlowTurbo, reference: FlowTurbo, trajectories: Trajectories, dtype: torch.dtype):
         assert isinstance(sampler.schedule, Schedule)
@@ -85,15 +86,31 @@ class EndpointMatching:
         records, labels = self.trajectories.held_out()
         errors = [
             self._errors(sampler, part.to(device), y.to(device))
-            for part, y in zip(records.split(BATCH), labels.split(BATCH))
+            for part, y in zip(records.split(self.at_once), labels.split(self.at_once))
         ]
         return compare(Row(self.schedule, _fidelity(errors)), self.rivals)
 
     def records(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """What is cached of trajectories: where the prefix has come to, and the end of the finer solution."""
-        z, y = (value.to(device) for value in self.trajectories.starts(numbers))
-        *_, state = islice(self.sampler.trajectory(z, y), self.first)
-        return pack(state, self.reference.sample(z, y))
+        found = []
+        for start in range(0, len(numbers), self.at_once):
+            z, y = (value.to(device) for value in self.trajectories.starts(numbers[start : start + self.at_once]))
+            *_, state = islice(self.sampler.trajectory(z, y), self.first)
+            found.append(pack(state, self.reference.sample(z, y)))
+        return torch.cat(found)
+
+    def called(self, refiner: Any) -> Callable[..., Tensor]:
+        """A refiner as transport calls it, computing in the run's precision."""
+
+        def refine(x: Tensor, *inputs: Tensor | None) -> Tensor:
+            with autocast(x.device, self.dtype):
+                return refiner(x, *inputs)
+
+        return refine
+
+    def outcome(self, x: Tensor) -> Tensor:
+        """What of a state at the end is compared."""
+        return x
 
     @property
     def _prefix(self) -> Sequence[Any]:
@@ -102,13 +119,10 @@ class EndpointMatching:
     def _errors(self, sampler: FlowTurbo, records: Tensor, labels: Tensor) -> Tensor:
         state, target = unpack(records, self.branches)
         *_, end = sampler.going_on(state, labels, self.first)
-        return endpoint_loss(end.x, target)
+        return endpoint_loss(self.outcome(end.x), self.outcome(target))
 
     def _with_refiner(self, sampler: FlowTurbo, refiner: Any) -> FlowTurbo:
-        def refine(x: Tensor, *inputs: Tensor | None) -> Tensor:
-            with autocast(x.device, self.dtype):
-                return refiner(x, *inputs)
-
+        refine = self.called(refiner)
         return FlowTurbo(sampler.predictor, refine, sampler.schedule, sampler.guidance, sampler.refiner_step)
 
     def _fidelity_of(self, schedule: Schedule, device: torch.device) -> Fidelity:
@@ -116,9 +130,10 @@ class EndpointMatching:
         sampler = FlowTurbo(self.sampler.predictor, None, schedule, self.sampler.guidance)
         records, _ = self.trajectories.held_out()
         errors = []
-        for start, part in zip(range(0, HELD_OUT, BATCH), records.split(BATCH)):
+        for start, part in zip(range(0, HELD_OUT, self.at_once), records.split(self.at_once)):
             z, y = (value.to(device) for value in self.trajectories.starts(range(start, start + len(part))))
-            errors.append(endpoint_loss(sampler.sample(z, y), unpack(part.to(device), self.branches)[1]))
+            target = unpack(part.to(device), self.branches)[1]
+            errors.append(endpoint_loss(self.outcome(sampler.sample(z, y)), self.outcome(target)))
         return _fidelity(errors)
 
 

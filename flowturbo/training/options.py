@@ -41,7 +41,8 @@ class DataOptions(Group):
 
     data_path: str | None = option(
         None,
-        "one folder of images per class, or a folder of cached latents; recipe endpoint needs none",
+        "one folder of images per class, packed images (zip, tar or parquet: a file, a folder of such, or a pattern "
+        "with *), or a folder of cached latents; recipe endpoint needs none",
         metavar="DIR",
     )
     class_map: str | None = option(None, 'which class each folder is, like {"tabby": 281}', metavar="JSON")

@@ -52,19 +52,25 @@ class RefinerOptions(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reference, spec = Schedule.parse(self.reference), parse_sampler(self.schedule)
-        if isinstance(spec.schedule, Schedule):  # in one spelling: checkpoints record it
-            object.__setattr__(self, "schedule", str(spec))
-        object.__setattr__(self, "reference", str(reference))
-        if reference.has_refiner:
-            raise ValueError(f"reference {reference} must be of the predictor alone, without R")
-        if self.recipe == ENDPOINT:
-            schedule = spec.schedule
-            if not isinstance(schedule, Schedule):
-                raise ValueError(f"recipe endpoint trains the R blocks that a schedule ends with: {spec} has no blocks")
-            tail = schedule.blocks[len(schedule.prefix) :]
-            if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
-                raise ValueError(
-                    f"recipe endpoint trains the R blocks that a schedule ends with: expected R, and after the first "
-                    f"R or L alone, got {schedule}"
-                )
+        for name, text in zip(
+            ("schedule", "reference"), endpoint_schedules(self.recipe, self.schedule, self.reference)
+        ):
+            object.__setattr__(self, name, text)  # in one spelling: checkpoints record them
+
+
+def endpoint_schedules(recipe: str, schedule: str, reference: str) -> tuple[str, str]:
+    """The schedule and the reference of a recipe, in one spelling. Raises ValueError for what it cannot train."""
+    spec, fine = parse_sampler(schedule), Schedule.parse(reference)
+    if fine.has_refiner:
+        raise ValueError(f"reference {fine} must be of the predictor alone, without R")
+    found = spec.schedule
+    if recipe == ENDPOINT:
+        if not isinstance(found, Schedule):
+            raise ValueError(f"recipe endpoint trains the R blocks that a schedule ends with: {spec} has no blocks")
+        tail = found.blocks[len(found.prefix) :]
+        if any(letter != "R" and BLOCKS[letter].stages for letter in tail) or not tail:
+            raise ValueError(
+                f"recipe endpoint trains the R blocks that a schedule ends with: expected R, and after the first "
+                f"R or L alone, got {found}"
+            )
+    return str(spec) if isinstance(found, Schedule) else schedule, str(fine)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from flowturbo.data.identity import READING_RULES, Identity
 from flowturbo.data.randomness import Stream, keyed_generator
-from flowturbo.models import SiT
 from flowturbo.system.distributed import World
 from flowturbo.system.files import atomic_write, sha256
 from flowturbo.training.stopping import StopRequest
@@ -32,19 +31,24 @@ BATCH = 64  # trajectories that are computed at once, and lie in one file
 class Trajectories:
     """`count` trajectories to train on and HELD_OUT others, a TrainingData without images.
 
-    Trajectory k starts at the noise and class drawn from (seed, k). `settings` (JSON types) are what else shapes them
-    besides the predictor; the fingerprint is that of both.
+    Trajectory k starts at the noise, of `shape` (C, h, w), and class drawn from (seed, k). `settings` (JSON types) are
+    what else shapes them besides the predictor, which `file` holds; the fingerprint is that of both.
     """
 
     classes: list[str]
     class_indices: list[int]
 
     def __init__(
-        self, predictor: SiT, file: Path | None, settings: Mapping[str, Any], seed: int, count: int, factor: int = 1
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        settings: Mapping[str, Any],
+        seed: int,
+        count: int,
+        file: Path | None = None,
     ):
         self.predictor_file, self.settings, self.seed = file, {**settings, "seed": seed}, seed
-        self.shape, self.num_classes = predictor.input_shape, predictor.num_classes
-        self.image_size = self.shape[1] * factor
+        self.shape, self.num_classes, self.image_size = shape, num_classes, shape[1]
         self.classes, self.class_indices = [], []
         self.labels = [self._label(HELD_OUT + index) for index in range(count)]
         self.note = ""  # to tell the user

@@ -11,6 +11,7 @@ It is served to this machine alone, at http://127.0.0.1:7860, and asks no other 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         closing(serve(studio, options, folder)) as page,
     ):
         print(f"serving {studio.about} at {page.local_url} (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the folder is removed
         threading.Event().wait()
 
 
@@ -67,9 +69,7 @@ def check_free(host: str, port: int) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # a page that ended a moment ago is no hindrance
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended does no harm
             trial.bind(address)
     except OSError as error:
         raise OSError(f"cannot serve at {host}, port {port}: {error.strerror or error}") from None

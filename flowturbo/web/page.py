@@ -20,6 +20,7 @@ number how many. `M` and `A` evaluate the network once a step, `H` (Heun) twice,
 CSS = """
 .command textarea {font-family: monospace; font-size: .85em}
 .drawn img {image-rendering: pixelated}
+.toast-wrap {top: auto !important; bottom: var(--size-4) !important}  /* not over the buttons */
 """
 LOOK: dict[str, Any] = {  # fonts of the machine: others would be fetched
     "theme": gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),

@@ -40,7 +40,11 @@ Tell = Callable[[str], object]
 
 
 class Studio:
-    """The networks of one page, loaded once, and the settings that its visitors do not change."""
+    """The networks of one page, loaded once, and the settings that its visitors do not change.
+
+    `classes` are (what is shown, what options take) for each class, `first_classes` what options take of those that the
+    page starts with. Raises ValueError for classes to start with that the model has not.
+    """
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Studio:
         self.sampling, self.start = sampling, start
         self.model = next((n for n, m in MODELS.items() if m.predictor_ckpt == network_options.predictor_ckpt), None)
         self.classes = self._classes()
+        self.first_classes = self._first_classes()
 
     @classmethod
     def open(
@@ -61,7 +66,7 @@ class Studio:
     ) -> Studio:
         """Load the networks; without the refiner where there is none, which `say` is told.
 
-        Raises as `find_files` and `load_networks`, and ValueError for classes to start with that the model has not.
+        Raises as `find_files` and `load_networks`, and ValueError as the class.
         """
         try:
             files = find_files(network_options, refiner=True)
@@ -86,16 +91,14 @@ class Studio:
         )
 
     def _classes(self) -> list[tuple[str, str]]:
-        """(what is shown, what options take) for each class."""
         count, names = self.networks.predictor.num_classes, self.networks.class_names
         labels = [class_label(k, count, names) for k in range(count)]
         if names is not None and len({*names.names, ""}) > count:  # each has a name of its own
             return [(label, label) for label in labels]
         return [(label, str(k)) for k, label in enumerate(labels)]
 
-    @property
-    def first_classes(self) -> list[str]:
-        """What the page starts with, as options take it. Raises ValueError for classes that the model has not."""
+    def _first_classes(self) -> list[str]:
+        """What the page starts with, as options take it."""
         count, names = self.networks.predictor.num_classes, self.networks.class_names
         asked = [class_index(name, count, names) for name in self.start.classes or ()]
         return [self.classes[k][1] for k in (asked or range(count))[:4]]

@@ -1,4 +1,6 @@
+import gc
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,12 +9,15 @@ import torch._dynamo
 
 import benchmark
 from benchmarks import sampling, startup, variants
-from benchmarks.measure import Timing, flops
+from benchmarks.measure import Timing, flops, interleave
 from benchmarks.options import BenchmarkOptions, plan_of
-from benchmarks.report import Row, plot, ratios
-from benchmarks.variants import Error, ReleasedStyle
+from benchmarks.published import PlainSiT, ReleasedStyle
+from benchmarks.report import Row, headline, plot, ratios, tables
+from benchmarks.sampling import evaluation_seconds
+from benchmarks.variants import FLOAT32, Error, variants_of
+from benchmarks.work import Work, duration
 from flowturbo.models import SIT_CONFIGS, SiT
-from flowturbo.networks.precision import has_bf16
+from flowturbo.networks.precision import has_bf16, pick_precision
 from flowturbo.refiner import VelocityRefiner
 from flowturbo.sampling.solvers import LearnedSolver, parse_schedule, write_solver
 from flowturbo.transport import FlowTurbo, Schedule
@@ -30,7 +35,16 @@ def no_graphs_left():
 
 def row(variant, schedule, ms, **changes):
     values = {
-        **{"batch_size": 8, "decode": True, "p10": ms, "p90": ms, "tflops": 1.0, "of_peak": 0.5, "of_kernels": 0.5},
+        **{
+            "batch_size": 8,
+            "decode": True,
+            "p10": ms,
+            "p90": ms,
+            "rounds": 3,
+            "tflops": 1.0,
+            "of_peak": 0.5,
+            "of_kernels": 0.5,
+        },
         **{"predictor_ms": ms / 2, "refiner_ms": ms / 8, "decode_ms": ms / 8, "memory": 1, "first_call": 1.0},
         **{"error": Error(0.0, 0.0), **changes},
     }
@@ -41,8 +55,9 @@ def test_the_published_way_gives_the_same_latents(predictor, refiner, batch):
     """It is a baseline only if it computes the same; by the released code's own steps, with a doubled state."""
     z, y = batch(3)
     ours = FlowTurbo(predictor, refiner, "H1P2R2", 1.5).sample(z, y)
-    released = ReleasedStyle(predictor, refiner, Schedule.parse("H1P2R2"), 1.5, torch.float32).sample(z, y)
-    torch.testing.assert_close(released, ours, atol=1e-5, rtol=1e-5)
+    for networks in ((predictor, refiner), (PlainSiT(predictor), PlainSiT(refiner))):
+        released = ReleasedStyle(*networks, Schedule.parse("H1P2R2"), 1.5, torch.float32).sample(z, y)
+        torch.testing.assert_close(released, ours, atol=1e-5, rtol=1e-5)
 
 
 def test_a_solver_is_timed_as_a_schedule_is(predictor, batch, tmp_path):
@@ -62,7 +77,7 @@ def test_work_of_one_image():
         networks = variants.Networks.__new__(variants.Networks)
         networks.predictor = SiT(**SIT_CONFIGS["SiT-XL/2"])
         networks.refiner = VelocityRefiner(**{**SIT_CONFIGS["SiT-XL/2"], "depth": 1})
-    work = sampling.Work.of(networks)
+    work = Work.of(networks)
     assert [round(n / 1e9, 1) for n in (work.predictor, work.refiner, work.decode)] == [237.2, 8.5, 622.2]
     assert round(work.per_image("H1P5R3", 1.5, True) / 1e12, 2) == 4.05
     assert round(work.per_image("H8", 1.5, True) / 1e12, 2) == 8.21
@@ -83,6 +98,11 @@ def test_ratios_compare_like_with_like():
         row("FlowTurbo", "H8", 1.0, batch_size=1),
     ]
     assert ratios(rows[1], rows) == {"heun": 1.5}
+    slow = row(FLOAT32, "H2P4R2", 120.0)
+    assert ratios(rows[1], [*rows, slow]) == {"heun": 1.5, "float32": 2.0}
+    assert ratios(slow, [*rows, slow]) == {}
+    assert headline(rows) == "H2P4R2: against the released code in the same precision 1.50 times its compiled speed"
+    assert max(map(len, tables([*rows, slow]).splitlines())) <= 120
     assert ratios(rows[3], rows) == {"heun": 50 / 30, "mixed": 3.0, "released": 1.5}
     assert ratios(rows[0], rows) == {}
 
@@ -90,6 +110,37 @@ def test_ratios_compare_like_with_like():
 def test_quantiles_of_a_timing():
     timing = Timing([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (timing.median, timing.quantile(0.1), timing.quantile(0.9)) == (3.0, 1.0, 5.0)
+
+
+def test_an_evaluation_lost_in_the_noise_has_no_time():
+    few, many = Timing([1.0, 1.0, 1.0]), Timing([1.4, 1.6, 1.5])
+    assert evaluation_seconds("predictor", few, many) == pytest.approx(0.5 / 4)
+    assert evaluation_seconds("refiner", few, many) == pytest.approx(0.5 / 6)
+    assert evaluation_seconds("predictor", few, Timing([1.4, 0.9, 1.5])) is None
+    assert " - " in tables([row("FlowTurbo", "H8", 90.0, predictor_ms=None)])
+
+
+def test_garbage_is_collected_between_the_rounds_alone():
+    seen = []
+    told = interleave(
+        {"a": lambda: seen.append(gc.isenabled())}, torch.device("cpu"), repeats=2, warm_up=1, on_round=len
+    )
+    assert seen == [False] * 3
+    assert len(told["a"].seconds) == 2
+    assert gc.isenabled()
+
+
+def test_durations():
+    assert [duration(s) for s in (0.2, 99, 101, 7000)] == ["1 s", "99 s", "2 min", "1.9 h"]
+
+
+def test_the_papers_figures_stand_beside_its_own_model_alone():
+    small = BenchmarkOptions(device="cpu")
+    assert not plan_of(small).is_papers  # three blocks
+    assert plan_of(replace(small, depth=28)).is_papers
+    assert not plan_of(replace(small, depth=28, image_size=512)).is_papers
+    assert not plan_of(BenchmarkOptions(device="cpu", model="SiT-B/2", depth=12)).is_papers
+    assert plan_of(small).dtype == pick_precision("auto", torch.device("cpu"))  # as sample.py takes it
 
 
 def test_the_plot_has_bars_as_long_as_the_times():
@@ -122,8 +173,11 @@ def test_the_table_of_schedules(tmp_path, capsys, precision, generated, request)
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     flags = ["--schedules", "H2", "H1R1", "--batch-sizes", "2", "--no-decode", "--precision", precision]
     benchmark.main([*TINY, *flags, "--json", str(out), "--plot", str(picture)])
-    rows = json.loads(out.read_text())["rows"]
-    assert [(r["variant"], r["schedule"]) for r in rows] == [(v, s) for v in variants.VARIANTS for s in ("H2", "H1R1")]
+    told = json.loads(out.read_text())
+    rows, names = told["rows"], variants_of(plan_of(BenchmarkOptions(device="cpu", precision=precision)))
+    assert told["complete"] is True
+    assert [(r["variant"], r["schedule"]) for r in rows] == [(v, s) for v in names for s in ("H2", "H1R1")]
+    assert all(r["rounds"] == 2 for r in rows)
     assert picture.stat().st_size > 0
     bound = 1e-5 if precision == "fp32" else 1e-2
     assert all(r["error"]["rms"] <= bound for r in rows)
@@ -131,10 +185,53 @@ def test_the_table_of_schedules(tmp_path, capsys, precision, generated, request)
         error = {r["variant"]: r["error"]["rms"] for r in rows if r["schedule"] == "H2"}
         assert 0 < error["FlowTurbo"] < error["released"] / 2
         assert 0 < error["FlowTurbo compiled"] < error["released compiled"] / 2
-    assert all(r["p10"] <= r["ms"] <= r["p90"] and r["tflops"] > 0 and r["of_kernels"] > 0 for r in rows)
+    assert all(r["p10"] <= r["ms"] <= r["p90"] and r["tflops"] > 0 for r in rows)
+    assert all(r["of_kernels"] > 0 for r in rows if r["variant"] != FLOAT32)
     printed = capsys.readouterr().out
-    assert "roofline: " in printed
+    assert printed.count("matrix products here: float32") == 2  # at the top, and with the table
     assert "not a fair ratio" in printed
+    assert "acceleration in %" not in printed  # this is no model of the paper's
+    assert printed.index("H2       first call") < printed.index("x Heun")  # rows as they come
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_an_interrupted_measurement_leaves_what_it_has(tmp_path, monkeypatch, quick_compiler):
+    out, run = tmp_path / "bench.json", sampling.interleave
+
+    def stopped(calls, **rounds):
+        def on_round(timings):
+            rounds["on_round"](timings)
+            raise KeyboardInterrupt
+
+        return run(calls, **{**rounds, "on_round": on_round})
+
+    monkeypatch.setattr(sampling, "interleave", stopped)
+    flags = ["--schedules", "H1", "--no-decode", "--precision", "fp32", "--json", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*TINY, *flags])
+    told = json.loads(out.read_text())
+    assert told["complete"] is False
+    assert [(r["variant"], r["rounds"]) for r in told["rows"]] == [
+        (v, 1) for v in ("released", "FlowTurbo", "released compiled", "FlowTurbo compiled")
+    ]
+    assert all(r["ms"] > 0 and r["first_call"] > 0 for r in told["rows"])
+
+
+def test_without_a_compiler_the_eager_rows_are_measured(tmp_path, monkeypatch, capsys):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    out = tmp_path / "bench.json"
+    flags = ["--schedules", "H1", "--no-decode", "--precision", "fp32", "--json", str(out)]
+    benchmark.main([*TINY, *flags])
+    told = json.loads(out.read_text())
+    assert told["complete"]
+    assert [r["variant"] for r in told["rows"]] == ["released", "FlowTurbo"]
+    printed = capsys.readouterr().out
+    for variant in ("released compiled", "FlowTurbo compiled"):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{variant}: left out: this machine")]
+        assert line.endswith("No working C++ compiler found")
 
 
 @pytest.fixture
@@ -171,9 +268,23 @@ def test_the_training_benchmark_compares_like_with_like(tmp_path, capsys, quick_
     assert "SiT-S/4 with 1 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_ways_to_sum_gradients_are_compared_over_ranks(tmp_path, capfd):
+    out = tmp_path / "ranks.json"
+    benchmark.main(["--train", "--ranks", "2", *TINY, "--precision", "fp32", "--json", str(out)])
+    rows = {row["way"].split(":")[0]: row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 4
+    assert rows["DistributedDataParallel"]["ratio"] == 1
+    assert rows["train.py"]["resumes"]
+    assert all(row["difference"] == 0 and row["memory"] > 0 for row in rows.values())
+    assert "train.py: buckets while the backward pass runs" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--ranks", "2"],
+        ["--train", "--ranks", "0"],
         ["--repeats", "0"],
         ["--image-size", "100"],
         ["--schedules", "R3"],
@@ -192,7 +303,9 @@ def test_bad_flags_are_refused(flags):
 
 def test_the_startup_table_covers_every_script(monkeypatch, capsys):
     monkeypatch.setattr(startup, "cpu_seconds", lambda arguments: 4.0 if "import torch" in arguments else 1.0)
-    rows = {row.command: row.ratio for row in startup.measure()}
+    kept = []
+    rows = {row.command: row.ratio for row in startup.measure(lambda rows: kept.append(len(rows)))}
+    assert kept == list(range(1, len(rows) + 1))
     assert rows.pop("import torch") == 1.0
     assert {"sample.py --help", "train.py --help", "import flowturbo.models"} <= rows.keys()
     assert set(rows.values()) == {0.25}

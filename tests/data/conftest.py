@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowturbo.data.caching import cache_latents
-from flowturbo.data.folders import ClassFolder
 from flowturbo.data.options import CachingOptions
+from flowturbo.data.packed import open_images
 from flowturbo.data.pictures import from_uint8
 from flowturbo.system.distributed import World
 
@@ -49,7 +49,7 @@ def cached():
 
     def cache(images, root, encoder=None, image_size=16, background="white", **options):
         options = CachingOptions(**{"batch_size": 3, "shard_size": 4, "num_workers": 0, **options})
-        data = ClassFolder(images, image_size, background=background)
+        data = open_images(images, image_size, background=background)
         world = World(0, 0, 1, torch.device("cpu"))
         return cache_latents(data, encoder or Encoder(), "tiny", root, options, world)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowturbo.data import folders
+from flowturbo.data import labelled
 from flowturbo.data.folders import OUTSIDE_CLASSES, ClassFolder, class_names
 from flowturbo.data.images import TRANSPARENCY
 from flowturbo.data.walk import HIDDEN, OTHER, SYSTEM
@@ -135,7 +135,7 @@ def test_images_are_read_once_where_they_fit_into_memory(class_folder, tmp_path,
     root = class_folder(tmp_path / "d")
     kept = ClassFolder(root, 8)
     before = [kept.read(i, False)[0].copy() for i in range(len(kept))]
-    monkeypatch.setattr(folders, "MEMORY_BYTES", 10)
+    monkeypatch.setattr(labelled, "MEMORY_BYTES", 10)
     fresh = ClassFolder(root, 8)
     assert all(np.array_equal(fresh.read(i, False)[0], before[i]) for i in range(len(kept)))
     for path in root.rglob("*.png"):

@@ -75,6 +75,22 @@ def test_a_fingerprint_is_made_once(root, monkeypatch):
     assert data.fingerprint() == first
 
 
+@pytest.mark.parametrize("waiting", [identity.WAITING, 0.0], ids=["no disk", "a slow disk"])
+def test_sizes_are_asked_for_in_threads_where_a_disk_is_waited_for(tmp_path, monkeypatch, waiting):
+    monkeypatch.setattr(identity, "PROBED", 5)
+    monkeypatch.setattr(identity, "WAITING", waiting)
+    for k in range(23):
+        (tmp_path / f"{k}.png").write_bytes(b"x" * k)
+    files = [f"{k}.png" for k in range(23)]
+    assert sizes_of(str(tmp_path), files) == list(range(23))
+    (tmp_path / "21.png").unlink()
+    (tmp_path / "22.png").unlink()
+    os.mkfifo(tmp_path / "22.png")
+    for last, said in (("21.png", "21.png': No such file"), ("22.png", "22.png': a folder, pipe")):
+        with pytest.raises(ValueError, match=said):
+            sizes_of(str(tmp_path), [*files[:20], last])
+
+
 @pytest.mark.parametrize(("limit", "value"), [("CONTENT_FILES", 59), ("CONTENT_BYTES", 60 * 60 - 1)])
 def test_beyond_the_limits_a_sample_of_files_stands_for_all(tmp_path, monkeypatch, limit, value):
     files = [f"{k:02d}.png" for k in range(60)]

@@ -68,6 +68,9 @@ def test_a_feather_rises_inside_the_mask_alone():
     assert opacity(mask)[3].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1]
     assert opacity(mask, 3)[3].tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1]  # the border is no edge
 
+    small = white_at((2, 2), (2, 3))
+    assert opacity(small, 10**9)[2, 2:5].tolist() == pytest.approx([1e-9, 1e-9, 0])  # at once
+
 
 def test_what_does_not_show_keeps_its_bytes_and_what_shows_whole_has_the_new_ones():
     random = torch.Generator().manual_seed(0)

@@ -43,8 +43,12 @@ def test_a_filmstrip_has_a_row_for_each_image(tmp_path):
     save_moving(tmp_path / "a.png", [long], grid, ["what it is"])
     side, gap, line = 64, 2, int(12 * 1.6)
     picture = np.asarray(Image.open(tmp_path / "a.png"))
-    assert picture.shape == (2 * (side + gap + line) + gap, 3 * (side + gap) + gap, 3)
-    second = picture[2 * (gap + line) + side :][:side:2, gap : gap + side : 2]
+    assert picture.shape == (
+        2 * (side + gap) + gap + line,
+        3 * (side + gap) + gap,
+        3,
+    )  # a caption above the first row alone
+    second = picture[2 * gap + line + side :][:side:2, gap : gap + side : 2]
     assert np.array_equal(second, long[0][1].permute(1, 2, 0).numpy())
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowturbo.evaluation import METRICS, FeatureSet, Gaussian, GaussianStatistics, evaluate
+from flowturbo.evaluation import METRICS, FeatureSet, Gaussian, GaussianStatistics, evaluate, kid_of_subsets
 
 
 def feature_set(pool, logits=None):
@@ -51,6 +51,16 @@ def test_what_is_missing_is_said_and_not_made_up():
     assert few["Precision"].reason == few["Recall"].reason == "3 samples: precision and recall need more than k = 3"
     assert few["KID"].value is not None
     assert few["MIND"].value > 0
+
+
+def test_kid_of_subsets_says_what_it_is():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (feature_set(torch.randn(1050, 4, generator=generator) + shift) for shift in (0, 0.1))
+    found = dict(islice(evaluate(ours, theirs, kid_subsets=2), 6))["KID"]
+    assert found.value == kid_of_subsets(theirs.pool, ours.pool, 2).mean().item()
+    assert found.reason.startswith("mean of 2 subsets, whose standard deviation is ")
+    few = dict(islice(evaluate(ours, feature_set(theirs.pool[:9]), kid_subsets=2), 6))["KID"]
+    assert few.reason == "9 samples: KID of subsets needs at least 1000"
 
 
 @pytest.mark.parametrize("size", [1e160, 1e308])

@@ -284,12 +284,25 @@ def test_devices_are_those_of_every_script(digits):
         evaluator.main([str(digits / "even"), str(digits / "even"), "--extractor", "pixels", "--device", "tpu9"])
 
 
-def test_benchmark(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("parts", "methods"),
+    [
+        (["frechet", "kid", "kid-subsets", "precision-recall"], 10),
+        pytest.param(["images"], 4, marks=pytest.mark.slow),
+    ],
+    ids=["features", "images"],
+)
+def test_benchmark(parts, methods, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.evaluation._in_new_process", lambda function, *arguments: function(*arguments))
-    evaluator.main(["benchmark", "--count", "300", "--dimensions", "16", "--repeats", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:16].strip() for line in lines[2:]] == ["ours", "torch-fidelity", "scipy sqrtm"]
-    assert all(float(line.split()[-1]) < 1e-4 for line in lines[2:])
+    sizes = ["--count", "300", "--references", "200", "--dimensions", "16", "--images", "2"]
+    evaluator.main(["benchmark", "--parts", *parts, *sizes, "--repeats", "1"])
+    output = capsys.readouterr().out
+    rows = [
+        line.split() for line in output.splitlines() if line.startswith(("ours", "torch-fidelity", "scipy", "the same"))
+    ]
+    assert len(rows) == methods
+    assert all(float(row[-1]) < 1e-2 for row in rows)  # differences; a KID of so few is near 0
+    assert all(float(error.split()[-1]) < 1e-3 for error in re.findall(r"(?:KID|precision|recall) [0-9.e-]+", output))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["stats", "--help"], ["a", "b", "--extractr", "x"]], ids=" ".join)

@@ -7,8 +7,16 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from flowturbo.evaluation import frechet_distance, inception_score, kid, mind, precision_recall, resample_counts
-from flowturbo.evaluation.metrics import covariance_root
+from flowturbo.evaluation import (
+    frechet_distance,
+    inception_score,
+    kid,
+    kid_of_subsets,
+    mind,
+    precision_recall,
+    resample_counts,
+)
+from flowturbo.evaluation.metrics import _squared_radii, covariance_root
 from flowturbo.evaluation.precision import full_precision
 
 
@@ -88,7 +96,7 @@ def test_inception_score_matches_direct_computation(split_size):
     assert inception_score(logits, counts=counts[None]).item() == pytest.approx(repeated, rel=1e-10)
 
 
-@pytest.mark.parametrize("block", [64, 100_000])
+@pytest.mark.parametrize("block", [64, 320, 100_000])  # 320: nearest neighbours are sought in groups
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_precision_recall_matches_torch_fidelity(block, shift):
     samples, references = features_of(500, seed=1, shift=shift), features_of(330)
@@ -97,6 +105,22 @@ def test_precision_recall_matches_torch_fidelity(block, shift):
     assert 0.2 < expected["precision"] < 1
     assert found.precision().item() == pytest.approx(expected["precision"], abs=1e-7)
     assert found.recall().item() == pytest.approx(expected["recall"], abs=1e-7)
+
+
+def test_nearest_neighbours_are_those_of_all_distances():
+    x = features_of(900, seed=2)
+    x[450:] = x[:450]  # ties
+    radii = _squared_radii(x, k=3, half_precision=False, block=320)
+    exact = torch.cdist(x.double(), x.double()).square().sort(dim=1).values[:, 3]
+    torch.testing.assert_close(radii.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_float32_and_float64_give_one_precision_and_recall():
+    samples, references = features_of(800, 256, seed=1, shift=0.03), features_of(600, 256)
+    found, exact = precision_recall(samples, references), precision_recall(samples.double(), references.double())
+    assert torch.equal(found.samples_inside, exact.samples_inside)
+    assert torch.equal(found.references_inside, exact.references_inside)
+    assert 0 < found.precision() < 1
 
 
 def test_precision_recall_on_the_border():
@@ -138,6 +162,22 @@ def test_kid_matches_torch_fidelity(block):
     expected = expected["kernel_inception_distance_mean"]
     assert kid(samples, references, block=block).item() == pytest.approx(expected, rel=1e-9)
     assert kid(samples.float(), references.float(), block=block).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_kid_of_subsets_is_torch_fidelitys():
+    samples, references = features_of(200, seed=1, shift=0.2), features_of(150)
+    expected = kid_features_to_metric(samples, references, kid_subsets=7, kid_subset_size=90, verbose=False)
+    values = kid_of_subsets(samples, references, subsets=7, size=90)
+    assert values.mean().item() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert values.std(correction=0).item() == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
+    with pytest.raises(ValueError, match="150 references: KID of subsets needs at least 151"):
+        kid_of_subsets(samples, references, size=151)
+
+
+def test_float32_products_move_kid_little():
+    samples, references = features_of(900, 512, seed=1).relu(), features_of(700, 512, shift=0.05).relu()
+    exact = kid(samples.double(), references.double()).item()
+    assert kid(samples, references, block=256).item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_kid_with_counts_skips_pairs_of_copies():

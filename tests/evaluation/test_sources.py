@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -10,6 +11,7 @@ from flowturbo.data.folders import ClassFolder
 from flowturbo.data.images import ORIENTATION, TRANSPARENCY
 from flowturbo.data.walk import HIDDEN, OTHER
 from flowturbo.evaluation import Archive, ImageArchive, ImageFolder, sources
+from flowturbo.evaluation.sides import Side
 from flowturbo.evaluation.sources import UnevenImages
 
 
@@ -145,6 +147,19 @@ def test_a_folder_is_read_as_for_training(tmp_path, class_folder):
         assert np.array_equal(all_of(evaluated, 3), expected.transpose(0, 2, 3, 1))
         assert evaluated.skipped == trained.skipped
         assert evaluated.applied == trained.applied.counts
+
+
+def test_packed_images_are_those_of_a_folder(tmp_path, class_folder):
+    root = class_folder(tmp_path / "d", images=2)
+    shutil.make_archive(tmp_path / "x", "zip", root)
+    shutil.make_archive(tmp_path / "x", "tar", root)
+    folder = ImageFolder(root)
+    for suffix in ("zip", "tar"):
+        packed = Side.open(str(tmp_path / f"x.{suffix}")).images
+        assert isinstance(packed, ImageFolder)
+        assert sorted(packed.files) == [os.path.relpath(file, root) for file in folder.files]
+        order = np.argsort(packed.files)
+        assert np.array_equal(all_of(packed, 3)[order], all_of(folder))
 
 
 def test_a_folder_of_a_link_to_images_is_those_images(tmp_path):

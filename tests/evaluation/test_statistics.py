@@ -36,6 +36,14 @@ def test_more_rows_than_fit_at_once():
     )
 
 
+def test_how_the_features_are_divided_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(GaussianStatistics, "ROWS_AT_ONCE", 128)
+    features = features_of(300, 20)
+    whole = streamed(features, 300).sums
+    for sizes in (1, 50, [128, 0, 172], [127, 2, 171]):
+        assert torch.equal(streamed(features, sizes).sums, whole)
+
+
 def test_uneven_parts_merge():
     features = features_of(700, 20)
     whole = streamed(features, 700)
@@ -44,7 +52,7 @@ def test_uneven_parts_merge():
     for other in others:
         merged.merge(other)
     reduced = GaussianStatistics(20)  # what one all_reduce(SUM) over the ranks leaves
-    reduced.sums = sum(part.sums for part in [streamed(part, 64) for part in features.split([1, 0, 612, 87])])
+    reduced.sums.copy_(sum(part.sums for part in [streamed(part, 64) for part in features.split([1, 0, 612, 87])]))
     for got in (merged, reduced):
         assert got.count == 700
         torch.testing.assert_close(got.mean(), whole.mean(), rtol=1e-10, atol=1e-10)

@@ -6,6 +6,7 @@ backend "eager", which traces graphs and runs them as they are, and in `make tes
 
 from __future__ import annotations
 
+import copy
 import gc
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -30,6 +31,20 @@ from flowturbo.transport.solver import Solver
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 FORMS = REFINER_STEPS[:3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_steps():
+    """As on CUDA: a graph for each letter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StaticGraphs, "whole_steps", True)
+        yield
+
+
+@pytest.fixture
+def as_on_a_cpu(monkeypatch):
+    """A graph for the transformer blocks alone."""
+    monkeypatch.setattr(StaticGraphs, "whole_steps", None)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +281,49 @@ def test_no_gradients_are_recorded(backend, tiny, batch):
     for step in sampler.trajectory(z, y):
         assert torch.is_grad_enabled()  # between the steps the caller's mode holds
         assert not step.x.requires_grad
+
+
+# On a CPU
+
+
+@pytest.mark.parametrize(
+    ("schedule", "form", "guidance"),
+    [
+        ("H2P4R2", "released", Guidance()),
+        ("M3R1", "midpoint", Guidance(1.0)),
+        ("A5", "released", Guidance(2.0, every=2)),
+        ("H1R2H1R1", "single", Guidance(interval=(0.0, 0.45))),
+    ],
+    ids=str,
+)
+def test_one_graph_serves_all_blocks_of_both_networks(backend, as_on_a_cpu, schedule, form, guidance, tiny, batch):
+    torch._dynamo.reset()
+    z, y = batch(2)
+    quick, eager = both(tiny, schedule, refiner_step=form, cfg_scale=guidance)
+    with counting() as found:
+        latents = quick.sample(z, y)
+    assert found.breaks == {}
+    sizes = {len(y), 2 * len(y)} if guidance.every > 1 or guidance.interval[1] < 1 else {len(y)}
+    assert found.graphs == len(sizes)  # one for each number of rows
+    assert_equal(latents, eager.sample(z, y))
+    for step, other in zip(quick.trajectory(z, y), eager.trajectory(z, y)):
+        assert_equal(step.x, other.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_graph_is_traced_twice(compiler, dtype, tiny, batch):
+    """In float64 the numbers of a schedule were taken for Python floats, which Dynamo specialises in a second run."""
+    torch._dynamo.reset()
+    z, y = batch(2)
+    networks = [copy.deepcopy(network).to(dtype) for network in tiny]
+    before = counters["aot_autograd"]["total"]
+    with compiler("aot_eager"):
+        quick, eager = both(networks, "H1P1R1")
+        latents = quick.sample(z.to(dtype), y)
+    assert latents.dtype == dtype
+    assert_equal(latents, eager.sample(z.to(dtype), y))
+    if dtype == torch.float32:
+        assert counters["aot_autograd"]["total"] - before == len("HPR")
 
 
 # What is computed, and what is held

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from flowturbo.system import cli
-from flowturbo.system.options import flag_of, option, seed
+from flowturbo.system.options import flag_of, option, seed, words_of
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,28 @@ def test_impossible_values_are_told_by_the_name_of_the_field():
     with pytest.raises(ValueError, match="steps 0 must be at least 1"):
         parse("--steps", "0")
     assert flag_of("cfg_scale") == "--cfg-scale"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, []),
+        ({"schedule": "M7", "steps": 3}, ["--schedule", "M7", "--steps", "3"]),
+        ({"interval": (0.25, 1.0)}, ["--interval", "0.25", "1"]),
+        ({"interval": (0.1234567891, 1.0)}, ["--interval", "0.1234567891", "1"]),
+        ({"tags": ("a b", "c"), "compile": True}, ["--tags", "a b", "c", "--compile"]),
+        ({"names": ("x", "y")}, ["x", "y"]),
+        ({"seed": 2**64 - 1}, ["--seed", "18446744073709551615"]),
+    ],
+)
+def test_options_become_the_words_that_give_them(given, words):
+    options = Kind(**given)
+    assert words_of(options) == words
+    assert parse(*words) == options
+
+
+def test_words_are_those_beside_other_defaults():
+    assert words_of(Kind(steps=3), steps=3) == []
+    assert words_of(Kind(), schedule=None) == ["--schedule", "H8"]
+    assert words_of(Kind(), compile=True) == ["--no-compile"]
+    assert words_of(Kind(), steps=3) == []  # no word says None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from tiny import (
     BRANCHES,
     NAMES,
@@ -185,3 +186,67 @@ def test_a_distilled_model_is_warned_of():
     pipe.transformer.register_to_config(_name_or_path="org/flux-schnell")
     with pytest.warns(UserWarning, match="few steps of its own"):
         apply_flowturbo(pipe, schedule="H1P3")
+
+
+def test_lora_goes_on_working(tmp_path):
+    """Loaded before or after, through the pipeline's own files; its refiner begins as the network without it."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe, latents = new_pipeline("SD3"), noise_for("SD3")
+    refiner = new_refiner(pipe)
+    torch.manual_seed(0)
+    begun = refiner_from(network_of(pipe)).state_dict()
+    pipe.transformer.add_adapter(settings)
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(pipe.transformer))
+    torch.manual_seed(0)
+    assert all(torch.equal(value, begun[name]) for name, value in refiner_from(network_of(pipe)).state_dict().items())
+    scheduler = apply_flowturbo(pipe, refiner, "H1P3R2")
+    before = run("SD3", pipe, latents, scheduler.evaluations)
+
+    pipe = new_pipeline("SD3")
+    apply_flowturbo(pipe, refiner, "H1P3R2")
+    plain = run("SD3", pipe, latents, scheduler.evaluations)
+    pipe.load_lora_weights(tmp_path)
+    after = run("SD3", pipe, latents, scheduler.evaluations)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(after, before)
+    assert not torch.allclose(after, plain, atol=1e-3)
+    torch.testing.assert_close(run("SD3", pipe, latents, scheduler.evaluations), plain)
+
+
+@pytest.mark.parametrize("first", ["offload", "refiner"])
+def test_offloaded_networks_are_refined(first):
+    """accelerate's hooks, which hold the weights of a network elsewhere until it is called."""
+    import accelerate
+
+    pipe, latents = new_pipeline("SD3"), noise_for("SD3")
+    refiner = new_refiner(pipe)
+    scheduler = apply_flowturbo(pipe, refiner, "H1P3R2")
+    expected = run("SD3", pipe, latents, scheduler.evaluations)
+    remove_flowturbo(pipe)
+    if first == "refiner":
+        apply_flowturbo(pipe, refiner, "H1P3R2")
+    for network in (pipe.vae, pipe.transformer):  # as the pipeline's enable_sequential_cpu_offload does it
+        accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in pipe.transformer.parameters())
+    if first == "offload":
+        apply_flowturbo(pipe, refiner, "H1P3R2")
+    with CallCounter(refiner) as calls:
+        found = run("SD3", pipe, latents, scheduler.evaluations)
+    assert calls.count == 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_caches_of_diffusers_are_refused():
+    pipe = new_pipeline("Flux")
+    refiner, cache = new_refiner(pipe), FirstBlockCacheConfig(threshold=0.1)
+    scheduler = apply_flowturbo(pipe, refiner, "H1P3R2")
+    pipe.transformer.enable_cache(cache)
+    with pytest.raises(ValueError, match="a cache of diffusers is enabled on the network"):
+        run("Flux", pipe, noise_for("Flux"), scheduler.evaluations)
+    remove_flowturbo(pipe)
+    with pytest.raises(ValueError, match="a cache of diffusers is enabled on the network"):
+        apply_flowturbo(pipe, refiner, "H1P3R2")
+    apply_flowturbo(pipe, schedule="A4")  # without R a cache may stay
+    pipe.transformer.disable_cache()
+    apply_flowturbo(pipe, refiner, "H1P3R2")

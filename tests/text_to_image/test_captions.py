@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -40,7 +41,15 @@ def as_tar(folder):
                 archive.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("write", [as_metadata, as_text_files, as_tar])
+def as_parquet(folder):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"bytes": png(k), "path": f"{k}.png"}, "text": f"grey {k}"} for k in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("write", [as_metadata, as_text_files, as_tar, as_parquet])
 def test_every_layout_reads_alike(write, tmp_path):
     write(tmp_path)
     items = read_folder(tmp_path)
@@ -65,6 +74,10 @@ def test_what_holds_no_captions_is_one_line(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         read_folder(tmp_path / "nowhere")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png(0))
+    with pytest.raises(ValueError, match="beside its images: expected txt, text or caption"):
+        read_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(ValueError, match=r"line 1: expected an object with file_name and text"):
         read_folder(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from tiny import NAMES, new_pipeline, noise_for, prompt_for, velocity_of
 
 from flowturbo.data.loader import Batch
-from flowturbo.text_to_image.captions import Draws
+from flowturbo.text_to_image.encoded import Draws
 from flowturbo.text_to_image.families import family_of, network_of, pack, unpack, velocity
 from flowturbo.text_to_image.objective import CaptionObjective, shifted
 from flowturbo.text_to_image.refined import refiner_from

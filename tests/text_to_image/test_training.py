@@ -8,7 +8,7 @@ from tiny import NAMES, new_pipeline, noise_for, prompt_for
 
 from flowturbo.data.loader import Batch
 from flowturbo.system.distributed import World
-from flowturbo.text_to_image.captions import Draws
+from flowturbo.text_to_image.encoded import Draws
 from flowturbo.text_to_image.families import family_of, network_of, unpack
 from flowturbo.text_to_image.objective import VelocityRefinement
 from flowturbo.text_to_image.options import CaptionOptimisation

@@ -16,6 +16,7 @@ from flowturbo.system import cli
 from flowturbo.transport import Guidance
 from flowturbo.web.options import PageOptions
 from flowturbo.web.studio import MOST_IMAGES, Studio, named_schedule
+from flowturbo.weights.fetch import MissingWeights
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_without_a_refiner_schedules_with_r_are_refused(pixel_models, tmp_path, 
 
 
 def test_without_a_predictor_there_is_no_page(tmp_path, pixel_models):
-    with pytest.raises(OSError, match=r"gone\.pt"):
+    with pytest.raises(MissingWeights, match=r"gone\.pt"):
         Studio.open(
             NetworkOptions(str(tmp_path / "gone.pt"), pixel_models[3], "none"), SamplingOptions(), PageOptions()
         )

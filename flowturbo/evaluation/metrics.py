@@ -147,9 +147,9 @@ def kid_of_subsets(
     x, y = (side.new_empty(size, side.shape[1]) for side in (samples, references))
     values = []
     for _ in range(subsets):
-        for side, chosen in ((samples, x), (references, y)):
-            numbers = torch.from_numpy(draws.choice(len(side), size, replace=False))
-            torch.index_select(side, 0, numbers.to(side.device), out=chosen)
+        for features, chosen in ((samples, x), (references, y)):
+            numbers = torch.from_numpy(draws.choice(len(features), size, replace=False))
+            torch.index_select(features, 0, numbers.to(features.device), out=chosen)
         values.append(kid(x, y))
     return torch.cat(values)
 

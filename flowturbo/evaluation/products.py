@@ -1,11 +1,13 @@
 """Matrix products on a CPU by the BLAS of numpy and scipy, which computes symmetric ones at half the work.
 
 torch has no such products; on other devices its general ones stand in. An array in row order is, transposed, one in
-the column order of BLAS and LAPACK: so nothing is copied, and the upper triangle is called the lower one.
+the column order of BLAS and LAPACK: so nothing is copied, and the upper triangle is called the lower one. They compute
+with torch's number of threads, since that number changes the last bits.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ def pair_products(x: Tensor, y: Tensor) -> Tensor:
     """x·y of all pairs of rows of x (N, D) and y (M, D): (N, M), in their precision."""
     if not _in_blas(x):
         return x @ y.T
-    return torch.from_numpy(x.numpy() @ y.numpy().T)
+    with _threads():
+        return torch.from_numpy(x.numpy() @ y.numpy().T)
 
 
 def own_products(x: Tensor, rest: float) -> Tensor:
@@ -47,7 +50,8 @@ def congruence(root: Tensor, matrix: Tensor) -> Tensor:
     if matrix.device.type != "cpu" or root.triu(1).any():
         return root.T @ matrix @ root
     # LAPACK's name for it is that of its use, the reduction of a generalised eigenvalue problem.
-    found, failed = _library("lapack").dsygst(matrix.T.numpy(), root.numpy(), itype=2, lower=True)
+    with _threads():
+        found, failed = _library("lapack").dsygst(matrix.T.numpy(), root.numpy(), itype=2, lower=True)
     assert not failed
     return torch.from_numpy(found).T
 
@@ -59,12 +63,25 @@ def _add_panels(sums: Tensor, rows: Tensor) -> None:
 
 def _write(symmetric: Any, sums: Tensor, x: Tensor, *, trans: bool, beta: int) -> None:
     c = sums.numpy().T
-    written = symmetric(1, x.numpy().T, beta=beta, c=c, trans=trans, lower=True, overwrite_c=True)
+    with _threads():
+        written = symmetric(1, x.numpy().T, beta=beta, c=c, trans=trans, lower=True, overwrite_c=True)
     assert written is c  # else it was a copy
 
 
 def _in_blas(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def _threads() -> Any:
+    return _controller().limit(limits=torch.get_num_threads(), user_api="blas")
+
+
+@cache
+def _controller() -> Any:
+    import scipy.linalg  # noqa: F401  (it controls what is loaded)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _library(name: str) -> Any:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from flowturbo.evaluation import products
 
@@ -12,6 +13,19 @@ def test_products_are_added_to_the_upper_triangle(add, dimensions):
     add(sums, rows[:30])
     add(sums, rows[30:])
     torch.testing.assert_close(sums.triu(), (rows.T @ rows + 1).triu(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_threads_are_torchs():
+    rows, found = torch.randn(500, 769, dtype=torch.float64), []
+    for around in (1, 2):
+        with threadpool_limits(around, user_api="blas"):
+            sums = torch.zeros(769, 769, dtype=torch.float64)
+            products.add_products(sums, rows)
+            found.append(sums)
+            assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {
+                around
+            }
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

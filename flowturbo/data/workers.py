@@ -83,7 +83,10 @@ def items(batches: Iterable[Item]) -> Iterator[Item]:
                 continue  # every CHECK seconds, while all workers live; asking again is right
             workers = getattr(source, "_workers", ())
             if isinstance(error, (ConnectionError, EOFError)):  # of a worker that is ending
-                wait([worker.sentinel for worker in workers], CHECK)
+                ended = wait([worker.sentinel for worker in workers], CHECK)
+                for worker in workers:
+                    if worker.sentinel in ended:  # which closes a moment before there is an exit code
+                        worker.join(CHECK)
             failure = LoaderFailed.of(error, [worker.exitcode for worker in workers])
             raise (failure if failure.cause else error) from None
         yield item

@@ -66,6 +66,7 @@ TINY = [
     *("--target", "predictor", "--vae-ckpt", "none", "--image-size", "8", "--channels", "1", "--patch-size", "2"),
     *("--hidden-size", "32", "--depth", "1", "--num-heads", "4", "--no-learn-sigma", "--global-batch-size", "12"),
     *("--lr", "1e-3", "--sample-every", "0", "--device", "cpu", "--resume", "auto", "--ckpt-every", str(EVERY)),
+    *("--keep-last", "0"),
 ]
 SAMPLING = ["--vae-ckpt", "none", "--device", "cpu", "--schedule", "H4", "--cfg-scale", "1.5"]
 SAMPLING += ["--num-fid-samples", "90", "--per-proc-batch-size", "2", "--tag", "set"]

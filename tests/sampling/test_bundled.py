@@ -14,6 +14,7 @@ from flowturbo import FlowTurbo
 from flowturbo.data.randomness import keyed_noise
 from flowturbo.sampling.bundled import load_bundled
 from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
+from flowturbo.sampling.picture_options import PictureOptions
 from flowturbo.transport import Guidance
 from flowturbo.weights.registry import MODELS, PACKAGED
 
@@ -40,7 +41,11 @@ def test_a_models_files_are_small_and_its_classes_its_own(name):
 
 
 def test_what_a_model_sets_are_options():
-    known = {each.name for kind in (sample.Options, NetworkOptions, SamplingOptions) for each in fields(kind)}
+    known = {
+        each.name
+        for kind in (sample.FileOptions, PictureOptions, NetworkOptions, SamplingOptions)
+        for each in fields(kind)
+    }
     for values in MODEL_PRESETS.values.values():
         assert set(values) <= known
 

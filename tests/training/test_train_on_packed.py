@@ -7,6 +7,9 @@ import tarfile
 import pytest
 import runs
 
+from flowturbo.data.packed import open_images
+from flowturbo.data.parts import Split
+
 
 def begun(folder):
     """The flags of a run that saves on its way."""
@@ -40,3 +43,14 @@ def test_packed_images_are_checked_before_there_is_a_run(data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"cannot read image '{tmp_path / 'x.zip'}: c1/3.png'")):
         runs.run(tmp_path / "out", *begun(tmp_path / "x.zip"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_is_held_out_of_an_archive_as_of_its_folder(data, tmp_path):
+    shutil.make_archive(tmp_path / "x", "zip", data)
+    names = []
+    for source in (data, tmp_path / "x.zip"):
+        kept = Split(open_images(source, 8, 1), 0.6)
+        names.append(sorted(kept.held_out.name(index) for index in range(len(kept.held_out))))
+    assert names[0] == names[1]
+    folder = runs.run(tmp_path / "out", *begun(tmp_path / "x.zip"), "--holdout", "0.6")
+    assert f"{len(names[0])} held out" in (folder / "log.txt").read_text()

@@ -88,7 +88,6 @@ ELSEWHERE = {  # what runs the commands that the test below leaves alone, by how
     "python -m pytest": ".ci/run",
     "source .venv/bin/activate": "Makefile",
     "python web.py": "tests/web/test_launch.py",
-    "python benchmark.py --quality": "tests/benchmarks/test_quality.py",
     "python benchmark.py": "tests/benchmarks/test_benchmark.py",
 }
 SHORTER = {  # flags that are put behind those of a page, so that a command is run in seconds

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flowturbo.sampling.edit_options import EditOptions
 from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
+from flowturbo.sampling.picture_options import settings_name
 from flowturbo.sampling.solvers import check_made_for
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
@@ -45,7 +46,7 @@ class FileOptions:
     noise: str | None = option(None, "make the image of such a noise again", metavar="FILE")
     out: str | None = option(
         None,
-        "a PNG of the image's own size, numbered where there are several (default: edits/NAME-METHOD.png)",
+        "a PNG of the image's own size, numbered where there are several (default: in edits/, named by the settings)",
         metavar="FILE",
     )
     compare: tuple[str, ...] | None = option(
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = {"files": FileOptions, "edit": EditOptions, "networks": NetworkOptions, "sampling": SamplingOptions}
     files, options, network_options, sampling = cli.parse(cli.new_parser(__doc__), argv, kinds, MODEL_PRESETS)
     variants = [replace(options, schedule=text) for text in files.compare or [options.schedule]]
-    out = Path(files.out or default_name(files, options))
+    out = Path(files.out or default_name(files, options, network_options, sampling))
     check_together(files, options, out)
     for path in filter(None, (out, files.steps_picture)):
         check_writable(path)
@@ -119,12 +120,14 @@ def check_together(files: FileOptions, options: EditOptions, out: Path) -> None:
                 raise ValueError(f"{name} is for edits, not for inversion")
 
 
-def default_name(files: FileOptions, options: EditOptions) -> str:
-    """edits/NAME-METHOD.png."""
-    if files.image is None:
-        return f"edits/{Path(str(files.noise)).stem}.png"
-    task = "remove" if options.remove else "inpaint" if files.mask else options.chosen_method
-    return f"edits/{Path(files.image).stem}-{task}.png"
+def default_name(files: FileOptions, options: EditOptions, *others: NetworkOptions | SamplingOptions) -> str:
+    """edits/NAME-TASK-SCHEDULE-... by `settings_name`: another image, mask or setting, another file."""
+    kept = "remove" if options.remove else "inpaint" if files.mask else None
+    method = options.chosen_method if options.changes_class or kept is None else None
+    task = "-".join(filter(None, (kept, method))) if files.image else "restore"
+    before = f"{Path(str(files.image or files.noise)).name.removesuffix('.png')}-{task}"
+    settings = replace(files, steps_picture=None), options, *others
+    return f"edits/{settings_name(settings, before, ('image', 'noise', 'remove', 'method'))}.png"
 
 
 class Inputs(NamedTuple):

@@ -1,10 +1,11 @@
-"""The options of a picture of samples, shared by the command line, Python and the web page, and the name that they
-give its file. No torch is imported."""
+"""The options of a picture of samples, shared by the command line, Python and the web page, and the name that options
+give the file of a picture. No torch is imported."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePath
 from typing import Any
@@ -71,7 +72,7 @@ class PictureOptions:
 SHORT = {  # what stands before a value in a file's name, where it is not the option's own name
     **{"cfg_scale": "cfg", "cfg_every": "every", "cfg_interval": "interval", "cfg_channels": "channels"},
     **{"refiner_ckpt": "refiner", "vae_ckpt": "vae", "num_images": "images", "refiner_step": "form"},
-    **{"path_type": "path", "batch_size": "batch", "classes": "of"},
+    **{"path_type": "path", "batch_size": "batch", "classes": "of", "to_class": "to", "from_class": "from"},
 }
 ALWAYS = ("cfg_scale", "seed")
 ELSEWHERE = ("schedule", "compare", "predictor_ckpt", "strict")  # the name begins with these; strict changes nothing
@@ -81,24 +82,36 @@ LONGEST = 150
 def picture_name(
     picture: PictureOptions, networks: NetworkOptions = NetworkOptions(), sampling: SamplingOptions = SamplingOptions()
 ) -> str:
-    """MODEL-SCHEDULE-cfgSCALE-seedSEED and every other setting that is not the default: other settings, other name.
+    """MODEL-SCHEDULE-cfgSCALE-seedSEED and every other setting that is not the default, as `settings_name`."""
+    return settings_name((picture, networks, sampling))
 
-    Where the settings cannot be read off the name, as with a path or a long list, a digest of all of them ends it.
+
+def settings_name(options: Sequence[Any], before: str = "", told: Sequence[str] = ()) -> str:
+    """BEFORE-MODEL-SCHEDULE-cfgSCALE-seedSEED and every other setting that is not the default: other settings, other
+    name.
+
+    The options have the fields of networks, of sampling, `schedule` and `compare`; `told` are those that `before`
+    tells. Where the settings cannot be read off the name, as with a path or a long list, a digest of all of them ends
+    it.
     """
-    given, usual = _settings(picture, networks, sampling)
-    texts = picture.compare or (picture.schedule,)
-    begins = [_text(given["predictor_ckpt"])] if given["predictor_ckpt"] != usual["predictor_ckpt"] else []
+    given, usual = _settings(*options)
+    begins = [before] if before else []
     model = next((name for name, each in MODELS.items() if each.predictor_ckpt == given["predictor_ckpt"]), None)
     if model is not None:
-        begins = [model]
+        begins.append(model)
         usual |= {name: value for name, value in MODELS[model].options().items() if name not in ALWAYS}
-    begins.append("-vs-".join(map(str, picture.samplers)))
-    changed = [name for name in given if given[name] != usual[name] and name not in (*ALWAYS, *ELSEWHERE)]
+    elif given["predictor_ckpt"] != usual["predictor_ckpt"]:
+        begins.append(_text(given["predictor_ckpt"]))
+    texts = given["compare"] or (given["schedule"],)
+    alone = "vs-" if given["compare"] and len(texts) == 1 else ""  # one row to compare has a caption
+    begins.append(alone + "-vs-".join(str(parse_sampler(text)) for text in texts))
+    changed = [name for name in given if given[name] != usual[name] and name not in (*ALWAYS, *ELSEWHERE, *told)]
     words = [_word(name, given[name]) for name in (*ALWAYS, *changed)]
     name = "-".join([*begins, *words])
     safe = re.sub(r"[^\w.+@-]", "_", name)[:LONGEST]
     solvers = any("/" in text or text.lower().endswith(".json") for text in texts)
-    plain = all(_is_plain(given[each]) for each in ("predictor_ckpt", *changed))
+    keys = "|".join(["no-", *map(_key, given)])
+    plain = all(_is_plain(given[each], keys) for each in ("predictor_ckpt", *told, *changed))
     if safe == name and plain and not solvers:
         return name
     return f"{safe}-{hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest()[:8]}"
@@ -114,9 +127,14 @@ def _settings(*options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return given, usual
 
 
+def _key(name: str) -> str:
+    """A setting's own name in a file's name."""
+    return SHORT.get(name, name.replace("_", "-"))
+
+
 def _word(name: str, value: Any) -> str:
     """A setting in a file's name, such as "cfg4" or "no-captions"."""
-    name = SHORT.get(name, name.replace("_", "-"))
+    name = _key(name)
     if isinstance(value, bool):
         return name if value else f"no-{name}"
     values = value if isinstance(value, tuple) else (value,)
@@ -128,12 +146,8 @@ def _text(value: Any) -> str:
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, keys: str) -> bool:
     """Whether a value can be read off a name: a text without a folder, and nothing in it that joins words or values."""
     if isinstance(value, tuple):
-        return all(map(_is_plain, value)) and not any("+" in str(each) for each in value)
-    keys = "|".join(["no-", "cfg", "seed", *SHORT.values(), *(name.replace("_", "-") for name in _FIELDS)])
+        return all(_is_plain(each, keys) for each in value) and not any("+" in str(each) for each in value)
     return not isinstance(value, str) or (PurePath(value).name == value and not re.search(f"-({keys})", value))
-
-
-_FIELDS = [each.name for kind in (PictureOptions, NetworkOptions, SamplingOptions) for each in fields(kind)]

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 import edit as script
+from flowturbo.sampling.edit_options import EditOptions
+from flowturbo.sampling.options import MODEL_PRESETS, NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import LearnedSolver, write_solver
+from flowturbo.system import cli
 from flowturbo.transport import Guidance
 
 
@@ -52,13 +55,14 @@ def read(path):
 def test_the_commands_of_its_help(run, files):
     assert run("--image", "cat.png", "--class", 3, "--strength", 0.6, "--out", "a.png").endswith("saved a.png\n")
     assert read("a.png").shape == (8, 8, 3)
-    assert "saved edits/cat-inpaint.png" in run("--image", "cat.png", "--mask", "mask.png", "--class", 3)
+    assert "saved edits/cat-inpaint-" in run("--image", "cat.png", "--mask", "mask.png", "--class", 3)
     kept = read("mask.png") == 0
-    assert np.array_equal(read("edits/cat-inpaint.png")[kept], read("cat.png")[kept])
-    assert "saved edits/cat-remove.png" in run("--image", "cat.png", "--mask", "mask.png", "--remove")
+    (inpainted,) = Path("edits").iterdir()
+    assert np.array_equal(read(inpainted)[kept], read("cat.png")[kept])
+    assert "saved edits/cat-remove-" in run("--image", "cat.png", "--mask", "mask.png", "--remove")
     said = run("--image", "cat.png", "--from-class", 1, "--to-class", 2)
     assert "H1P1   6 evaluations   cfg 4" in said
-    assert "saved edits/cat-flowedit.png" in said
+    assert "saved edits/cat-flowedit-" in said
     run("--image", "cat.png", "--from-class", 1, "--to-class", 2, "--method", "invert")
     run("--image", "cat.png", "--class", 1, "--cfg-scale", 1, "--invert", "--out", "noise.pt", schedule="H30")
     run("--noise", "noise.pt", "--cfg-scale", 1, "--out", "again.png", schedule="H30")
@@ -76,6 +80,53 @@ def test_several_results_comparisons_and_trajectories(run, files):
     assert Image.open("steps.png").width >= 3 * 32
     run("--image", "cat.png", "--class", 3, "--steps-picture", "steps.gif", schedule="E5")
     assert Image.open("steps.gif").n_frames == 6
+
+
+def named(*flags):
+    kinds = dict(zip("abcd", (script.FileOptions, EditOptions, NetworkOptions, SamplingOptions)))
+    return script.default_name(*cli.parse(cli.new_parser(""), [*map(str, flags)], kinds, MODEL_PRESETS))
+
+
+def test_a_name_tells_the_settings():
+    painted = ["--model", "digits", "--image", "five.png", "--mask", "half.png", "--class", 8]
+    assert named(*painted) == "edits/five-inpaint-digits-H1P5R2-cfg1-seed0-mask-half.png-to-8.png"
+    assert named(*painted, "--from-class", 5, "--strength", 0.6, "--schedule", "M3") == (
+        "edits/five-inpaint-flowedit-digits-M3-cfg1-seed0-mask-half.png-to-8-from-5-strength0.6.png"
+    )
+    assert named("--noise", "noise.pt", "--cfg-scale", 1) == "edits/noise.pt-restore-H1P5R3-cfg1-seed0.png"
+
+
+def test_no_two_settings_share_a_name(files, monkeypatch):
+    """Of edit.py; those of networks and sampling are in test_picture.py."""
+    monkeypatch.chdir(files)
+    for folder in "ab":
+        write_solver(f"{folder}/fast.json", LearnedSolver("any", (0.0, 0.3, 1.0), ((0.3,), (-0.2, 0.9))))
+    whole = ["--image", "cat.png", "--class", "3"]
+    masked = [*whole, "--mask", "m.png"]
+    settings = [
+        *(whole, masked, [*masked, "--remove"], [*masked[:2], *masked[4:], "--remove"]),
+        *([*whole[:3], "tabby"], [*whole[:1], "dog.png", *whole[2:]], [*whole[:1], "cat.jpg", *whole[2:]]),
+        *([*whole[:1], f"{folder}/cat.png", *whole[2:]] for folder in "ab"),
+        *([*whole, "--mask", mask] for mask in ("n.png", "a/m.png", "b/m.png")),
+        *([*whole, "--from-class", "1", *method] for method in ([], ["--method", "invert"])),
+        *([*masked, "--from-class", "1", *method] for method in ([], ["--method", "invert"])),
+        *([*whole, "--strength", s] for s in ("0.5", "0.50001")),
+        *([*masked, *more] for more in (["--num-images", "2"], ["--resample", "2"], ["--feather", "2"])),
+        *([*masked, flag] for flag in ("--no-composite", "--keep-size")),
+        *([*whole, "--schedule", schedule] for schedule in ("M6", "a/fast.json", "b/fast.json")),
+        *([*whole, "--compare", *schedules] for schedules in (["M6"], ["M6", "H3"], ["H3", "M6"])),
+        *([*whole, "--seed", "1"], [*whole, "--cfg-scale", "1"], ["--noise", "cat.png"]),
+    ]
+    names = [named(*each) for each in settings]
+    assert len(set(names)) == len(names)
+    assert all(len(name) < 200 and name.count("/") == 1 for name in names)
+    assert named(*whole, "--steps-picture", "a.gif") == named(*whole)
+
+
+def test_another_setting_is_another_file(run, files):
+    for seed in (0, 1):
+        run("--image", "cat.png", "--class", 3, "--strength", 0.6, "--num-images", 2, "--seed", seed)
+    assert len(list(Path("edits").iterdir())) == 4
 
 
 def test_an_image_of_another_size_is_told_of(run, files):

@@ -126,6 +126,40 @@ def test_evaluations_of_every_method(networks):
     assert count(from_class=1, method="invert") == (8, 0)
 
 
+@pytest.fixture
+def asked(networks):
+    """What the predictor was asked, in order: (x, t, y), and what it gave."""
+    calls = []
+    networks.predictor.register_forward_hook(lambda _, given, v: calls.append((*given[:3], v)))
+    return calls
+
+
+def test_inversion_goes_back_without_guidance_as_far_as_the_edit_starts(networks, asked):
+    """And on from there: also what a mask keeps is on the way that it came."""
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[2:6, 2:6] = 255
+    options = EditOptions("E2", 3, from_class=1, method="invert", strength=0.6)
+    edit(networks, picture(8, 8), options, SamplingOptions(cfg_scale=4.0), mask)
+    assert [len(x) for x, *_ in asked] == [1, 1, 2, 2]  # the last two with their null rows
+    assert [int(y[0]) for _, _, y, _ in asked] == [1, 1, 3, 3]
+    torch.testing.assert_close(torch.stack([t[0] for _, t, _, _ in asked]), torch.tensor([1.0, 0.7, 0.4, 0.7]))
+    came_to = asked[1][0] - 0.3 * asked[1][3]
+    torch.testing.assert_close(asked[2][0][:1], came_to, atol=1e-5, rtol=1e-5)
+
+
+def test_further_passes_start_from_the_result_and_less_noise(networks, asked):
+    """Of a grey part the first image keeps its share."""
+    image, mask = picture(8, 8), torch.full((8, 8), 179, dtype=torch.uint8)
+    mask[2:6, 2:6] = 255
+    editor = Editor(networks, EditOptions("E2", 3, strength=0.8, resample=2, composite=False), PLAIN, keep_steps=True)
+    steps = editor.edit(image, mask).steps
+    torch.testing.assert_close(torch.stack([t[0] for _, t, _, _ in asked]), torch.tensor([0.2, 0.6, 0.6, 0.8]))
+    share, first = mask / 255, from_uint8(image[None])
+    kept = share * steps[2] + (1 - share) * first
+    torch.testing.assert_close(steps[3], 0.6 * kept + 0.4 * editor._noise(1), atol=1e-5, rtol=1e-5)
+    assert float((kept - steps[2]).abs().max()) > 0.05
+
+
 def test_removal_generates_without_a_class(networks):
     mask = torch.zeros(8, 8, dtype=torch.uint8)
     mask[2:6, 2:6] = 255

@@ -91,6 +91,7 @@ def test_names_are_short_and_are_read_at_a_glance():
 @pytest.mark.parametrize(
     ("one", "two"),
     [
+        ({"schedule": "M6"}, {"compare": ("M6",)}),
         ({"predictor_ckpt": "a/0005000.pt"}, {"predictor_ckpt": "b/0005000.pt"}),
         ({"classes": ("a+b",)}, {"classes": ("a", "b")}),
         ({"classes": ("a/b",)}, {"classes": ("a_b",)}),

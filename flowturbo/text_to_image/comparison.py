@@ -30,7 +30,9 @@ class Measured:
         count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
         low, high = self.spread
         time = f"{self.ms:.3g} ms/image" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
-        far = "" if self.distance is None else f"   {self.distance[0]:.2f} ± {self.distance[1]:.2f} from the reference"
+        value, error = self.distance or (None, 0.0)
+        known = f" ± {error:.2f}" if error else ""  # of one image there is none
+        far = "" if value is None else f"   {value:.2f}{known} from the reference"
         return f"{self.name:<12} {count:>7} evaluations   {time}{far}"
 
 

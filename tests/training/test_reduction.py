@@ -1,6 +1,7 @@
 """Gradients that are summed while the backward pass runs: when they are sent, what arrives, and whether it repeats."""
 
 import hashlib
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from flowturbo.training.options import Optimisation
 from flowturbo.training.reduction import GradientBuckets
 from flowturbo.training.step import State, update
 
+SMALL = 900  # bytes of a bucket
 SETTINGS = {"global_batch_size": 13, "lr": 0.05, "steps": 9, "clip_grad": 1.0}
 
 
@@ -51,7 +53,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(reduction, "BUCKET_BYTES", 900)
+    monkeypatch.setattr(reduction, "BUCKET_BYTES", SMALL)
 
 
 def names_of(net):
@@ -123,57 +125,63 @@ def digest(state):
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors)).hexdigest()[:16]
 
 
+def resume(folder, accumulate, ranks):
+    """Tell what six updates come to at once, and with a checkpoint after two."""
+    reduction.BUCKET_BYTES = SMALL
+    straight, first, second = fresh(), fresh(), fresh()
+    run_steps(ranks, straight, 6, accumulate)
+    run_steps(ranks, first, 2, accumulate)
+    first.save(folder / f"{ranks.rank}.pt", {})
+    second.load(folder / f"{ranks.rank}.pt")
+    run_steps(ranks, second, 4, accumulate)
+    print(digest(straight), digest(second))
+
+
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (2, 3), (3, 1), (4, 2)])
 def test_a_resumed_run_ends_with_the_same_bits(forked, tmp_path, size, accumulate):
-    def main(ranks):
-        straight, first, second = fresh(), fresh(), fresh()
-        run_steps(ranks, straight, 6, accumulate)
-        run_steps(ranks, first, 2, accumulate)
-        first.save(tmp_path / f"{ranks.rank}.pt", {})
-        second.load(tmp_path / f"{ranks.rank}.pt")
-        run_steps(ranks, second, 4, accumulate)
-        print(digest(straight), digest(second))
-
-    done = forked(main, size)
+    done = forked(partial(resume, tmp_path, accumulate), size, clean=True)
     assert done.codes == [0] * size, done.text
     assert len({text for line in done.lines for text in line.split()}) == 1
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_ranks_add_as_one_flat_sum_does(forked, monkeypatch, accumulate):
-    """To the bit, at 2 ranks; and as one rank up to the order of additions."""
+def flat(buckets, loss, ranks):
+    """What `GradientBuckets.backward` is compared with: one sum of all gradients, after the backward pass."""
+    parameters = buckets.parameters
+    loss.backward()
+    total = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
+    ranks.sum(total)
+    for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
 
-    def flat(buckets, loss, ranks):
-        parameters = buckets.parameters
-        loss.backward()
-        total = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
-        ranks.sum(total)
-        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
 
-    def main(ranks):
-        state, other = fresh(), fresh()
-        run_steps(ranks, state, 4, accumulate)
-        monkeypatch.setattr(GradientBuckets, "backward", flat)
+def compare_with_flat(accumulate, ranks):
+    reduction.BUCKET_BYTES = SMALL
+    state, other, alone = fresh(), fresh(), fresh()
+    run_steps(ranks, state, 4, accumulate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientBuckets, "backward", flat)
         run_steps(ranks, other, 4, accumulate)
-        assert digest(state) == digest(other)
-        monkeypatch.undo()
-        alone = fresh()
-        run_steps(World(0, 0, 1, torch.device("cpu")), alone, 4)
-        for ours, theirs in zip(state.model.parameters(), alone.model.parameters()):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert digest(state) == digest(other)
+    run_steps(World(0, 0, 1, torch.device("cpu")), alone, 4)
+    for ours, theirs in zip(state.model.parameters(), alone.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    done = forked(main, 2)
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_ranks_add_as_one_flat_sum_does(forked, accumulate):
+    """To the bit, at 2 ranks; and as one rank up to the order of additions."""
+    done = forked(partial(compare_with_flat, accumulate), 2, clean=True)
     assert done.codes == [0, 0], done.text
 
 
-def test_a_rank_that_ends_is_told(forked):
-    def main(ranks):
-        if ranks.rank == 1:
-            raise ValueError("the cause")
-        run_steps(ranks, fresh(), 1)
+def lose_one(ranks):
+    if ranks.rank == 1:
+        raise ValueError("the cause")
+    run_steps(ranks, fresh(), 1)
 
-    done = forked(main, 2)
+
+def test_a_rank_that_ends_is_told(forked):
+    done = forked(lose_one, 2, clean=True)
     assert done.codes == [2, 2]
     assert "the cause" in done.text
     assert "lost the other ranks: one has ended" in done.text

@@ -41,6 +41,8 @@ def _get_weights(error: Any) -> str:
         ways.append("pass a local path with " + " and ".join(TAKES[asset] for asset in error.assets))
     if error.assets and "predictor_ckpt" in error.fields:
         ways.append("take --model colour, which comes with the package")
+    elif error.fields == ["refiner_ckpt"]:
+        ways.append("sample without one, by a schedule that has no R, such as M7")
     return ", or ".join(ways)
 
 

@@ -78,7 +78,9 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve]) -> None:
     if loss:
         steps, values = thinned(list(loss), list(loss.values()))
         count = max(1, len(values) // 25)
-        axes.plot(steps, values, color="C0", alpha=0.35 if count > 1 else 1, label=None if count > 1 else "loss")
+        alpha, label = (0.35, None) if count > 1 else (1.0, "loss")
+        mark = "o" if len(values) == 1 else None  # a line of one point shows nothing
+        axes.plot(steps, values, color="C0", alpha=alpha, label=label, marker=mark)
         if count > 1:
             smooth = np.convolve(values, np.ones(count) / count, "valid")
             axes.plot(steps[count // 2 :][: len(smooth)], smooth, color="C0", label=f"loss, mean of {count} points")
@@ -95,7 +97,7 @@ def _draw_end_points(axes: Any, curves: Mapping[str, Curve]) -> None:
         if curves.get(name):
             _draw_curve(axes, curves, name, label, f"C{colour}", style="-" if name == "rmse" else "--")
     axes.set_ylim(bottom=0)
-    _finish(axes, "end-point RMSE")
+    _finish(axes, "end-point RMSE, lower is better")
 
 
 def _draw_curve(axes: Any, curves: Mapping[str, Curve], name: str, label: str, colour: str, style: str = "-") -> None:

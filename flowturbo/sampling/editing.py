@@ -169,7 +169,7 @@ class Editor:
 
     def _check_class(self) -> None:
         if self.to_class is None:
-            raise ValueError("expected to_class, the class that is generated, or with a mask remove")
+            raise ValueError("nothing says what to generate: expected a class, or a mask whose content is removed")
 
     def _class(self, name: str | int | None) -> int | None:
         if name is None:

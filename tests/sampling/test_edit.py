@@ -157,7 +157,7 @@ def test_the_mask_is_that_of_the_upright_image(run, files):
 
 BAD = [
     (["--class", 3], "expected image, or the noise"),
-    (["--image", "cat.png"], "expected to_class"),
+    (["--image", "cat.png"], "expected a class"),
     (["--image", "gone.png", "--class", 3], "cannot read image 'gone.png': No such file"),
     (["--image", "text.png", "--class", 3], "cannot read image 'text.png'"),
     (["--image", "cat.png", "--class", 10], "class 10 is outside this model's classes 0 to 9"),

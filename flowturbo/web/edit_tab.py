@@ -40,23 +40,7 @@ def edit_tab(studio: Studio, settings: Settings, folder: Path, first: gr.State) 
                 count = gr.Number(3, precision=0, label="Results", min_width=90)
                 feather = gr.Number(0, precision=0, label="Feather", min_width=90)
             edit = gr.Button("Edit", variant="primary", elem_id="edit")
-    picture = gr.Image(
-        label="Original and results",
-        interactive=False,
-        elem_id="edited",
-        elem_classes="drawn",
-        buttons=["fullscreen"],
-        height=280,
-    )
-    said = gr.Markdown(elem_id="edited-words")
-    command = gr.Textbox(
-        label="The same on the command line, in a folder with these files",
-        interactive=False,
-        buttons=["copy"],
-        elem_id="edited-command",
-        elem_classes="command",
-    )
-    files = gr.Files(label="Files", interactive=False, height=160, elem_id="edited-files")
+    outputs = result_parts()
 
     def adapt(name: str) -> tuple:
         about = gr.Radio(info=TASKS[name].about)
@@ -82,7 +66,29 @@ def edit_tab(studio: Studio, settings: Settings, folder: Path, first: gr.State) 
     task.change(adapt, task, [task, old, new, strength], show_progress="hidden")
     take.click(taken, first, editor, show_progress="hidden")
     inputs = [editor, task, old, new, strength, schedule, count, feather, settings.guidance, settings.seed]
-    edit.click(run, inputs, [picture, said, command, files], show_progress="minimal", **DEVICE)
+    edit.click(run, inputs, outputs, show_progress="minimal", **DEVICE)
+
+
+def result_parts() -> list[gr.Component]:
+    """Where an edit shows: the picture, words about it, its command and its files."""
+    picture = gr.Image(
+        label="Original and results",
+        interactive=False,
+        elem_id="edited",
+        elem_classes="drawn",
+        buttons=["fullscreen"],
+        height=280,
+    )
+    said = gr.Markdown(elem_id="edited-words")
+    command = gr.Textbox(
+        label="The same on the command line, in a folder with these files",
+        interactive=False,
+        buttons=["copy"],
+        elem_id="edited-command",
+        elem_classes="command",
+    )
+    files = gr.Files(label="Files", interactive=False, height=160, elem_id="edited-files")
+    return [picture, said, command, files]
 
 
 def picture_editor(example: Image.Image | None) -> gr.ImageEditor:

@@ -14,7 +14,8 @@ from flowturbo.data.tables import TabledImages
 from flowturbo.data.walk import HIDDEN, IMAGE, SYSTEM, kind_of
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-SET = re.compile(r"(.+)-\d+-of-\d+(?:-[0-9a-f]+)?\.parquet")  # "train-00000-of-00294.parquet", one set of several
+# "train-00000-of-00294.parquet", "imagenet1k-train-0000.tar": one set of several. Not "n01440764.tar", a class.
+SET = re.compile(r"(.+?)[-_]\d{2,}(?:-of-\d+)?(?:-[0-9a-f]+)?\.(?:parquet|tar|zip)", re.IGNORECASE)
 
 
 class Shards(Protocol):
@@ -90,7 +91,7 @@ def open_shards(path: str | os.PathLike[str]) -> Shards | None:
         raise ValueError(f"{os.fspath(path)!r} holds files of several kinds, {', '.join(sorted(kinds))}: expected one")
     sets = sorted({found[1] for file in files if (found := SET.fullmatch(os.path.basename(file)))})
     if len(sets) > 1:
-        pattern = os.path.join(os.path.dirname(files[0]), f"{sets[-1]}-*.parquet")
+        pattern = os.path.join(os.path.dirname(files[0]), f"{sets[-1]}*{kinds.pop()}")
         raise ValueError(f"{os.fspath(path)!r} holds the sets {', '.join(sets)}: expected one, like {pattern!r}")
     shards = READERS[kinds.pop()](files)
     if not len(shards):

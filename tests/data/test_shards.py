@@ -195,9 +195,21 @@ def test_mixed_folders_are_refused(pack, tmp_path):
 def test_tables_of_several_sets_are_refused(pack, tmp_path):
     for name in ("train", "test"):
         pack[".parquet"]({"image": [png(1)]}, tmp_path / f"{name}-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"holds the sets test, train: expected one, like .*train-\*.parquet"):
+    with pytest.raises(ValueError, match=r"holds the sets test, train: expected one, like .*train\*.parquet"):
         open_shards(tmp_path)
     assert len(open_shards(tmp_path / "train-*.parquet")) == 1
+
+
+@pytest.mark.parametrize(("names", "refused"), [(("train-0000", "validation-00"), True), (("n0144", "n0151"), False)])
+def test_archives_of_several_sets_are_refused(pack, tmp_path, names, refused):
+    """Not those of several classes, as ImageNet's own are."""
+    for name in names:
+        pack[".tar"]({"a.png": png(1)}, tmp_path / f"{name}.tar")
+    if refused:
+        with pytest.raises(ValueError, match=r"the sets train, validation: expected one, like .*validation\*.tar"):
+            open_shards(tmp_path)
+    else:
+        assert len(open_shards(tmp_path)) == 2
 
 
 def test_tables_without_images_are_refused(pack, tmp_path):

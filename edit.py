@@ -25,7 +25,7 @@ from flowturbo.sampling.solvers import check_made_for
 from flowturbo.system import cli
 from flowturbo.system.files import check_writable
 from flowturbo.system.options import option
-from flowturbo.system.values import rounded
+from flowturbo.system.values import plus, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,8 +189,7 @@ def edit_with_each(
         start = time.perf_counter()
         made.append(editor.edit(given.image, given.mask))
         ms = rounded(1000 * (time.perf_counter() - start) / len(made[-1].images))
-        predictor, refiner = made[-1].evaluations
-        count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
+        count = plus(*made[-1].evaluations)
         captions.append(f"{editor.sampler}   {count} evaluations   cfg {sampling.cfg_scale:g}   {ms} ms/image")
         print(captions[-1] + (", compilation included" if compiled and len(editors) == 1 else ""))
     return made, captions

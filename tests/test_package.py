@@ -32,7 +32,7 @@ def test_the_wheel_installs_flowturbo_and_no_other_name(tmp_path):
     assert "flowturbo/py.typed" in names
     for model in MODELS.values():
         assert {f"flowturbo/assets/{file}" for file in (model.predictor_ckpt, model.refiner_ckpt)} <= set(names)
-    assert {f"flowturbo/{room}/__init__.py" for room in ("transport", "sampling", "training")} <= set(names)
+    assert {f"flowturbo/{room}/__init__.py" for room in ("transport", "sampling", "training", "web")} <= set(names)
     assert wheel.name.split("-")[1] == flowturbo.__version__
 
 

@@ -63,7 +63,7 @@ class TrainingSamples(Dataset):
         for number in numbers:
             epoch, position = divmod(number, len(self.data))
             flipped = self.flip and keyed_generator(self.seed, number, Stream.TRAINING).random() < 0.5
-            image, label = self.data.read(int(_order(self.seed, epoch, len(self.data))[position]), flipped)
+            image, label = self.data.read(int(order_of(self.seed, epoch, len(self.data))[position]), flipped)
             images.append(image)
             labels.append(label)
         return Batch(
@@ -72,7 +72,7 @@ class TrainingSamples(Dataset):
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+def order_of(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of the images in a pass over the data."""
     return keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
 

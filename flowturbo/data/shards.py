@@ -116,7 +116,8 @@ def shard_files(path: str) -> list[str]:
             return []
         inside = [entry.name for entry in found]
     else:
-        inside = sorted(glob.glob(path)) if not os.path.exists(path) and "*" in path else [path]
+        found_by = glob.escape(path).replace("[*]", "*")  # nothing but * is a pattern: folders may be called b[1]
+        inside = sorted(glob.glob(found_by)) if not os.path.exists(path) and "*" in path else [path]
     if compressed := [name for name in inside if name.lower().endswith(COMPRESSED)]:
         raise ValueError(f"{compressed[0]!r} is compressed, and cannot be read by position: expected a plain tar")
     packed = sorted(name for name in inside if _suffix(name) in READERS)

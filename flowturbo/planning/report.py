@@ -6,20 +6,23 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont
 
 from flowturbo.data.pictures import save_png
 from flowturbo.planning.planner import Candidate, Measured
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
-from flowturbo.system.options import flag_of
+from flowturbo.sampling.picture_options import PictureOptions
+from flowturbo.system.options import words_of
+from flowturbo.system.values import plus
 
 
 def front_table(front: Sequence[Measured]) -> str:
     """A line for each schedule of the Pareto front, cheapest first."""
     lines = [f"{'schedule':28}{'evaluations':>13}{'rows':>8}{'ms/image':>10}{'RMSE':>20}{'PSNR':>9}"]
     for row in front:
-        evaluations, rows = (" + ".join(str(n) for n in counts if n) for counts in (row.evaluations, row.rows))
+        evaluations, rows = plus(*row.evaluations), plus(*row.rows)
         ms = row.ms if row.timed is None else row.timed
         lines.append(
             f"{row.candidate!s:28}{evaluations:>13}{rows:>8}{ms:10.3g}{row.fidelity.rmse!s:>20}"
@@ -32,18 +35,12 @@ def front_table(front: Sequence[Measured]) -> str:
 
 def command(row: Measured, networks: NetworkOptions, sampling: SamplingOptions) -> str:
     """The call of sample.py that samples with a schedule."""
-    parts = ["python", "sample.py", flag_of("schedule"), str(row.candidate.spec)]
-    for options, names in ((networks, ("predictor_ckpt", "vae_ckpt")), (sampling, ("cfg_scale", "cfg_every"))):
-        for name in names:
-            if getattr(options, name) != getattr(type(options), name) or name == "cfg_scale":
-                parts += [flag_of(name), str(getattr(options, name))]
-    if sampling.cfg_interval != (0.0, 1.0):
-        parts += [flag_of("cfg_interval"), *map(str, sampling.cfg_interval)]
-    if row.candidate.refiner and row.candidate.form:
-        parts += [flag_of("refiner_ckpt"), row.candidate.refiner, flag_of("refiner_step"), row.candidate.form]
-    if networks.compile:
-        parts.append(flag_of("compile"))
-    return shlex.join(parts)
+    plan = row.candidate
+    networks = replace(networks, refiner_ckpt=plan.refiner or NetworkOptions.refiner_ckpt)
+    sampling = replace(sampling, refiner_step=plan.form if plan.refiner else None)
+    always = {"schedule": None, "cfg_scale": None}
+    words = [word for each in (PictureOptions(str(plan.spec)), networks, sampling) for word in words_of(each, **always)]
+    return shlex.join(["python", "sample.py", *words])
 
 
 def plot(path: str | os.PathLike[str], front: Sequence[Measured], seen: Mapping[Candidate, Measured]) -> None:

@@ -25,7 +25,7 @@ from flowturbo.networks.compiled import StaticGraphs
 from flowturbo.sampling.generate import ImageSampler, Networks
 from flowturbo.sampling.options import SamplingOptions
 from flowturbo.sampling.picture_options import PictureOptions
-from flowturbo.system.values import rounded
+from flowturbo.system.values import plus, rounded
 
 CLASSES = ("207", "980", "387", "974", "88", "972", "928", "279")  # the original sample.py's
 COLUMNS = 8
@@ -47,10 +47,8 @@ class Row:
 
     def caption(self) -> str:
         """Such as "H1P5R3   7 + 6 evaluations, 26 rows   cfg 4   12.3 ms/image"."""
-        predictor, refiner = self.evaluations
-        count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
         rows = f", {self.rows} rows" if self.rows else ""
-        return f"{self.name}   {count} evaluations{rows}   {self.guidance}   {self.ms} ms/image"
+        return f"{self.name}   {plus(*self.evaluations)} evaluations{rows}   {self.guidance}   {self.ms} ms/image"
 
     @property
     def ms(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flowturbo.sampling.options import NetworkOptions, SamplingOptions
 from flowturbo.sampling.solvers import parse_sampler
-from flowturbo.system.options import option, seed
+from flowturbo.system.options import option, seed, spelled
 from flowturbo.transport.blocks import BLOCKS
 from flowturbo.transport.spec import SamplerSpec
 from flowturbo.weights.registry import MODELS
@@ -142,8 +142,7 @@ def _word(name: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    short = f"{value:g}" if isinstance(value, float) else PurePath(value).name if isinstance(value, str) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)
+    return PurePath(value).name if isinstance(value, str) else spelled(value)
 
 
 def _is_plain(value: Any, keys: str) -> bool:

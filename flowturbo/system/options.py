@@ -105,11 +105,11 @@ def words_of(options: Any, **defaults: Any) -> list[str]:
             words.append(flag_of(each.name if value else f"no_{each.name}"))
         else:
             flag = [] if each.metadata["positional"] else [flag_of(each.name)]
-            words += [*flag, *map(_spelled, value if isinstance(value, tuple) else (value,))]
+            words += [*flag, *map(spelled, value if isinstance(value, tuple) else (value,))]
     return words
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
     """Such as 4 of 4.0: as short as it reads back."""
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)

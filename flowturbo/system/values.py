@@ -38,6 +38,11 @@ def rounded(value: float) -> str:
     return f"{float(f'{value:.3g}'):g}"
 
 
+def plus(*counts: int) -> str:
+    """Evaluations of the predictor and of the refiner, such as "7 + 6"; without those that are none: "8"."""
+    return " + ".join(str(count) for count in counts if count) or "0"
+
+
 def typed(value: Any, kind: type[Value] | tuple[type[Value], ...], what: str) -> Value:
     """The value, where it is of that type; a bool passes for no number. Raises ValueError naming `what` it is."""
     kinds = kind if isinstance(kind, tuple) else (kind,)

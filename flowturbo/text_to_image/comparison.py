@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from flowturbo.system.values import plus
 from flowturbo.text_to_image.sampling import Made, TextSampler, sample_all
 
 
@@ -26,14 +27,12 @@ class Measured:
 
     def line(self) -> str:
         """The row as text."""
-        predictor, refiner = self.evaluations
-        count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
         low, high = self.spread
         time = f"{self.ms:.3g} ms/image" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
         value, error = self.distance or (None, 0.0)
         known = f" ± {error:.2f}" if error else ""  # of one image there is none
         far = "" if value is None else f"   {value:.2f}{known} from the reference"
-        return f"{self.name:<12} {count:>7} evaluations   {time}{far}"
+        return f"{self.name:<12} {plus(*self.evaluations):>7} evaluations   {time}{far}"
 
 
 def measure(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from flowturbo.data.loader import Batch
+from flowturbo.data.loader import Batch, order_of
 from flowturbo.data.pictures import from_uint8
 from flowturbo.data.randomness import Stream, keyed_generator
 from flowturbo.system.claims import check_same, read_record, write_record
@@ -55,7 +54,7 @@ class CaptionSamples(Dataset):
         images, rows, uniform, noise = [], [], [], []
         for number in numbers:
             epoch, position = divmod(number, len(self))
-            image = int(_order(self.seed, epoch, len(self))[position])
+            image = int(order_of(self.seed, epoch, len(self))[position])
             random = keyed_generator(self.seed, number, Stream.TRAINING)
             *others, drop = random.random(4, dtype=np.float32)
             uniform.append(others)
@@ -72,12 +71,6 @@ class CaptionSamples(Dataset):
             torch.tensor(numbers),
             Draws(torch.from_numpy(np.stack(noise)), torch.from_numpy(np.array(uniform, np.float32)), *kept),
         )
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of the images in a pass over the data."""
-    return keyed_generator(seed, epoch, Stream.ORDER).permutation(count)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from flowturbo.system.files import atomic_write
+
 
 class Board(Protocol):
     """Takes the figures of a run."""
@@ -47,7 +49,8 @@ class WeightsAndBiases:
 
         place = folder / "wandb-id.txt"
         if not place.exists():
-            place.write_text(secrets.token_hex(4))
+            with atomic_write(place) as file:  # cut off, it would be another run's there
+                file.write(secrets.token_hex(4).encode())
         self.run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "flowturbo"),
             name=folder.name,

@@ -48,7 +48,7 @@ class GradientBuckets:
             order: list[int] = []
             number = {parameter: k for k, parameter in enumerate(self.parameters)}
             _backward_with(loss, self.parameters, lambda parameter: order.append(number[parameter]))
-            order += [k for k in range(len(self.parameters)) if k not in set(order)]  # the loss does not depend on
+            order += sorted(set(range(len(self.parameters))) - set(order))  # the loss does not depend on these
             self._lay_out(ranks.agree(lambda: order))
             self._send_rest([], ranks)
 

@@ -16,6 +16,7 @@ from flowturbo.sampling.edit_options import STRENGTHS, EditOptions
 from flowturbo.sampling.editing import Editor
 from flowturbo.sampling.generate import Networks
 from flowturbo.sampling.options import SamplingOptions
+from flowturbo.system.values import plus
 
 LEAST_SIDE = 256  # pixels of an image on the page, so that one can draw over it
 
@@ -114,11 +115,10 @@ def edit_picture(
     names = ["edited.png"] if len(made.images) == 1 else [f"edited-{k}.png" for k in range(len(made.images))]
     for name, each in {**dict(zip(names, map(to_pil, made.images))), **inputs}.items():
         save_png(folder / name, each)
-    predictor, refiner = made.evaluations
-    count = f"{predictor} + {refiner}" if refiner else f"{predictor}"
+    strength = options.strength_with(mask is not None)
     return EditedPicture(
         grid([torch.cat([made.original[None], made.images])], least_side=LEAST_SIDE),
-        f"{options.sampler}: {count} evaluations, strength {options.strength_with(mask is not None):g}",
+        f"{options.sampler}: {plus(*made.evaluations)} evaluations, strength {strength:g}",
         [folder / name for name in (*names, *inputs)],
         ["--image", "image.png", *([] if mask is None else ["--mask", "mask.png"]), "--out", "edited.png"],
     )

@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from flowturbo.web.studio import Studio
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the folder below is removed
     studio = Studio.open(network_options, sampling, options, print)
     with (
         tempfile.TemporaryDirectory(prefix="flowturbo-web-") as folder,
         closing(serve(studio, options, folder)) as page,
     ):
         print(f"serving {studio.about} at {page.local_url} (Ctrl-C ends it)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the folder is removed
         threading.Event().wait()
 
 

@@ -12,6 +12,7 @@ from flowturbo.data.pictures import to_pil
 from flowturbo.planning.menu import best_within
 from flowturbo.planning.planner import Measured
 from flowturbo.sampling.picture_options import PictureOptions
+from flowturbo.system.values import plus
 from flowturbo.web.parts import DEVICE, Settings, Shown, told, warn, words
 from flowturbo.web.studio import MOST_IMAGES, Studio, named_schedule
 
@@ -136,5 +137,4 @@ def menu_box(studio: Studio, settings: Settings, schedule: gr.Textbox) -> None:
 
 def menu_row(row: Measured) -> list[str]:
     """A row of the table of schedules."""
-    evaluations, rows = (" + ".join(str(n) for n in counts if n) for counts in (row.evaluations, row.rows))
-    return [str(row.candidate), evaluations, rows, f"{row.ms:.3g}", str(row.fidelity.rmse)]
+    return [str(row.candidate), plus(*row.evaluations), plus(*row.rows), f"{row.ms:.3g}", str(row.fidelity.rmse)]

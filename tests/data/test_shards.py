@@ -183,6 +183,13 @@ def test_compressed_tars_are_refused(pack, tmp_path):
             open_shards(path)
 
 
+def test_a_pattern_may_lie_below_a_folder_with_brackets(pack, tmp_path):
+    folder = tmp_path / "b[1]"
+    folder.mkdir()
+    pack_all(pack, folder)
+    assert open_shards(folder / "*.tar").files == [str(folder / "x.tar")]
+
+
 def test_mixed_folders_are_refused(pack, tmp_path):
     pack_all(pack, tmp_path)
     with pytest.raises(ValueError, match=r"several kinds, .parquet, .tar, .zip"):

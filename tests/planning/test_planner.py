@@ -106,7 +106,7 @@ def test_a_plan_is_a_table_a_picture_and_a_command(pixel_models, tmp_path, capsy
     assert "R refiner" in out  # its cost
     *_, last = out.splitlines()
     assert last.startswith("best within 2 evaluations: python sample.py --schedule ")
-    assert f"--predictor-ckpt {predictor} --vae-ckpt none --cfg-scale 2" in last
+    assert f"--predictor-ckpt {predictor} --vae-ckpt none --device cpu --cfg-scale 2" in last
     assert Image.open(tmp_path / "p.png").size == (900, 560)
 
 

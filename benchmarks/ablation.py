@@ -38,7 +38,7 @@ from flowturbo.transport import FlowTurbo
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-ASIDE = ("released code, compiled network by network", "blocks compiled, not by regions")
+ASIDE = ("released code, compiled network by network", "blocks compiled, each of them")
 
 
 @dataclass
@@ -121,7 +121,7 @@ def variants(plan: Plan, networks: Networks, schedule: str, decode: bool) -> dic
     made["state not doubled"] = lambda: FlowTurbo(*held, decode=slow).sample
     made["conditioning beforehand"] = lambda: static(decode=slow, graphs=False)
     made[ASIDE[1]] = whole
-    made["blocks compiled, by regions"] = lambda: static(decode=slow)
+    made["blocks compiled, one for all: --compile"] = lambda: static(decode=slow)
     if decode:
         made[
             "decoder in the precision, channels last, compiled" if cuda else "decoder in the precision, channels last"

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="refiner.pt")
     options = parser.parse_args(argv)
 
+    torch.manual_seed(0)
     refiner = VelocityRefiner(**REFINER, input_size=SHAPE[1], in_channels=SHAPE[0], num_classes=CLASSES)
     count = HELD_OUT + options.trajectories
     noise, labels = keyed_noise(0, range(count), SHAPE), torch.arange(count) % CLASSES

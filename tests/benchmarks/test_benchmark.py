@@ -250,7 +250,7 @@ def test_the_ablation_goes_one_step_at_a_time(tmp_path, quick_compiler):
         "released code, compiled network by network",
         "state not doubled",
     ]
-    assert "blocks compiled, by regions" in [r["change"] for r in rows]
+    assert "blocks compiled, one for all: --compile" in [r["change"] for r in rows]
     assert rows[-1]["ratio"] == pytest.approx(rows[0]["ms"] / rows[-1]["ms"])
     assert all(r["error"]["rms"] < 1e-5 for r in rows if "int8" not in r["change"])
 
